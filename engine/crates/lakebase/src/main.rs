@@ -1,0 +1,2 @@
+//! lakebase
+fn main() {}
