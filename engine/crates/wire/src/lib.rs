@@ -1,1 +1,12 @@
-//! wire
+//! Bytes of the engine's protocols, as pure encoders and decoders.
+//!
+//! [`append`] is ours (`docs/formats/append-protocol.md`): proposers, peers and readers speak it with a safekeeper.
+//! Knows nothing about sockets: callers hand bytes in and send what comes out. Every decoder takes hostile input: it
+//! returns a typed error, never panics, and never allocates by a length that it has not checked against a limit.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod append;
+mod bytes;
