@@ -5,7 +5,7 @@ use alloc::{string::String, vec::Vec};
 use pgtypes::{DiskId, Generation, MemberId};
 
 /// One safekeeper of a configuration.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Member {
     /// Its number; unique in the configuration.
     pub member: MemberId,
@@ -16,7 +16,7 @@ pub struct Member {
 }
 
 /// The safekeepers of a log. Changed by one member at a time through a joint configuration.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Configuration {
     /// Raised by 1 at each change.
     pub generation: Generation,

@@ -7,7 +7,7 @@ use pgtypes::{Ballot, Lsn};
 use crate::message::TimelineEntry;
 
 /// From `start_lsn` on the log was written by `ballot`, until the next entry's start.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct TermEntry {
     /// Who.
     pub ballot: Ballot,
@@ -16,11 +16,11 @@ pub struct TermEntry {
 }
 
 /// Term history: ballots rise strictly, starts never fall. At most 1 entry per election.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct TermHistory(pub Vec<TermEntry>);
 
 /// PostgreSQL timelines of the log in order of their start.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct TimelineHistory(pub Vec<TimelineEntry>);
 
 impl TermHistory {

@@ -10,7 +10,7 @@ use pgtypes::{
 use crate::{Configuration, TermHistory, TimelineHistory};
 
 /// What a proposer (the compute agent) says to an acceptor (one log of a safekeeper).
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum ProposerMessage {
     /// Asks for the acceptor's vote in `ballot`.
     Vote(Vote),
@@ -23,7 +23,7 @@ pub enum ProposerMessage {
 }
 
 /// Asks for a vote.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Vote {
     /// The granted term and this writer's attempt in it.
     pub ballot: Ballot,
@@ -31,12 +31,13 @@ pub struct Vote {
     pub writer: WriterId,
     /// Tells two runs of one writer apart.
     pub incarnation: Incarnation,
-    /// Of the configuration that the proposer counts quorums with.
-    pub generation: Generation,
+    /// The configuration that the proposer counts quorums with. An acceptor that knows an older one adopts it with
+    /// the vote, so that no proposer with an older one can count this acceptor any more.
+    pub configuration: Configuration,
 }
 
 /// The election's result. Durable on an acceptor before it answers; on a majority it commits `start`.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Elected {
     /// The ballot that won.
     pub ballot: Ballot,
@@ -55,7 +56,7 @@ pub struct Elected {
 }
 
 /// Header of an append. `end_lsn == begin_lsn` is a heartbeat.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Append {
     /// Of the elected proposer.
     pub ballot: Ballot,
@@ -68,14 +69,15 @@ pub struct Append {
     pub begin_lsn: Lsn,
     /// Behind the last byte; may fall inside a record.
     pub end_lsn: Lsn,
-    /// Committed so far.
+    /// Committed so far, as counted with `generation`; [`Lsn::INVALID`] while the proposer cannot say, just elected or
+    /// just changed to a new configuration.
     pub commit_lsn: Lsn,
     /// A PostgreSQL timeline that begins inside `[begin_lsn, end_lsn)`; durable before the bytes are acknowledged.
     pub timeline: Option<TimelineEntry>,
 }
 
 /// A section of the log and PostgreSQL's history file of it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct TimelineEntry {
     /// The timeline.
     pub timeline: PgTimeline,
@@ -86,7 +88,7 @@ pub struct TimelineEntry {
 }
 
 /// Tells an acceptor to fetch `[its end, until)` from one of `donors`.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct CatchUp {
     /// Of the elected proposer. A donor serves only when its own last elected ballot is this one.
     pub ballot: Ballot,
@@ -99,7 +101,7 @@ pub struct CatchUp {
 }
 
 /// A member to fetch WAL from.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Donor {
     /// Its number.
     pub member: MemberId,
@@ -108,7 +110,7 @@ pub struct Donor {
 }
 
 /// What an acceptor answers.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum AcceptorMessage {
     /// First message on a connection: who and where the acceptor is. Grants nothing.
     Status(AcceptorStatus),
@@ -123,7 +125,7 @@ pub enum AcceptorMessage {
 }
 
 /// The acceptor's state as anyone entitled may see it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct AcceptorStatus {
     /// Its place in the configuration.
     pub member: MemberId,
@@ -144,7 +146,7 @@ pub struct AcceptorStatus {
 }
 
 /// A vote given.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Voted {
     /// The ballot voted for.
     pub ballot: Ballot,
@@ -154,6 +156,8 @@ pub struct Voted {
     pub member: MemberId,
     /// The identity of its disk.
     pub disk: DiskId,
+    /// Of the configuration it has persisted: the vote counts in this generation and older ones.
+    pub generation: Generation,
     /// Last ballot of its history whose start is at or below `flush.record_end`.
     pub last_ballot: Ballot,
     /// Durable end of its log, a record end.
@@ -171,7 +175,7 @@ pub struct Voted {
 }
 
 /// An election accepted.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ElectedAccepted {
     /// The ballot.
     pub ballot: Ballot,
@@ -180,7 +184,7 @@ pub struct ElectedAccepted {
 }
 
 /// WAL made durable.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Appended {
     /// The ballot.
     pub ballot: Ballot,
@@ -188,15 +192,19 @@ pub struct Appended {
     pub sequence: u64,
     /// Durable end of its log: the end of its last complete durable record.
     pub flush_lsn: Lsn,
+    /// Behind its last durable byte, unfinished record included: for flow control only, commits nothing.
+    pub durable_lsn: Lsn,
     /// Its disk is full: appends are refused until space returns.
     pub disk_full: bool,
 }
 
 /// A refusal, with what the proposer needs to act on it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Refused {
     /// Why.
     pub reason: Refusal,
+    /// Sequence of the refused append; 0 when something else was refused.
+    pub sequence: u64,
     /// The acceptor's ballot.
     pub ballot: Ballot,
     /// The writer of that ballot.
@@ -206,7 +214,7 @@ pub struct Refused {
 }
 
 /// Why an acceptor refused.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Refusal {
     /// A later term was granted, to another writer: this proposer is fenced.
     Fenced,
@@ -223,7 +231,7 @@ pub enum Refusal {
     StaleGeneration,
     /// The acceptor's disk is not in its configuration: it takes part in nothing.
     NotAMember,
-    /// Append or catch-up without an election accepted in this ballot.
+    /// Elected, append or catch-up without the vote or election before it in this ballot.
     NotElected,
     /// `begin_lsn` is not the end of the acceptor's log, which is given.
     Gap {

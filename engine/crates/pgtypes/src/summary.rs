@@ -6,7 +6,7 @@ use crate::{Lsn, PgTimeline};
 ///
 /// A cold start needs all of it, and none of it can be had from a filtered log
 /// (`docs/design`: a transaction id may appear in no record that a shard sees).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct FrameSummary {
     /// End of the last complete record, aligned to 8 bytes: the position itself.
     pub record_end: Lsn,
