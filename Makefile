@@ -1,0 +1,66 @@
+# The only entry point. `make help` lists the targets; each says in one line what it does.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# Profile of the binaries: dev for building and testing (optimised dependencies, fast to build), release for measuring.
+PROFILE ?= dev
+SECONDS_OF_CHAOS ?= 120
+
+# rustup's own installer puts cargo there without touching the shell's start files.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+CARGO := cargo --locked
+ENGINE := cd engine &&
+WITH_ENV := source build/env.sh &&
+VENV := operator/.venv/bin
+
+.PHONY: help setup build fmt lint check demo test sim fuzz bench soak clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make this machine ready (Debian 12 or 13; idempotent, says what it does)
+	@scripts/setup
+
+build: ## Build the engine (PROFILE=dev or release) and write build/env.sh
+	@[ -f build/setup.env ] || scripts/setup
+	$(ENGINE) $(CARGO) build --profile $(PROFILE) -p lakebase -p vfs
+	@scripts/env $(PROFILE)
+
+fmt: ## Format Rust and Python
+	$(ENGINE) cargo fmt --all
+	$(VENV)/ruff check --fix --quiet operator tests --config operator/pyproject.toml || true
+	$(VENV)/ruff format --quiet operator tests --config operator/pyproject.toml
+
+lint: build ## Formatting, clippy, types, layers: everything a reviewer should not have to say
+	@scripts/lint
+
+check: lint ## The quick loop before a commit: lint, Rust and Python unit tests
+	@scripts/test rust python
+
+demo: build ## Three safekeepers, pgbench; a safekeeper and the writer die; what was acknowledged is found again
+	@$(WITH_ENV) PYTHONPATH=tests python -m demo
+
+test: setup build ## Everything that must hold: set-up, build, lint and all suites (ONLY="rust integration" for some)
+	@scripts/test $(ONLY)
+
+sim: ## Simulation: SEEDS=n runs n seeds, SEED=x replays one exactly
+	$(ENGINE) $(CARGO) run --release -p sim -- $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000))
+
+fuzz: ## Fuzz every decoder: FUZZ_SECONDS for each target
+	@scripts/fuzz $(or $(FUZZ_SECONDS),30)
+
+bench: ## Ratios against real references, as a table and in build/bench/ (ONLY="P2 P3" for some)
+	@$(MAKE) build PROFILE=release
+	@$(WITH_ENV) PYTHONPATH=tests python -m bench $(ONLY)
+
+soak: ## The long runs: ten minutes of chaos, 200 fenced reads
+	@$(MAKE) build PROFILE=release
+	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --seconds 600
+	@$(WITH_ENV) PYTHONPATH=tests python -m chaos.fenced_reads --repetitions 200
+
+clean: ## Remove what was built; set-up and downloads stay (rm -rf build removes those, too)
+	$(ENGINE) cargo clean
+	rm -rf build/test build/bench build/env.sh operator/.ruff_cache operator/.pytest_cache .pytest_cache
