@@ -73,10 +73,13 @@ pub struct Area {
     pub written_timeline: AtomicU32,
     /// 1 while the agent sleeps and wants the doorbell rung; the ringer swaps it to 0 first.
     pub agent_sleeps: AtomicU32,
-    reserved_written: [u64; 5],
-    /// Every complete record below this byte position is durable on a quorum. Rises only. Set by the agent.
-    pub settled_lsn: AtomicU64,
-    /// Changes whenever `settled_lsn`, `fenced` or `role` changes: the futex of WAL flushes.
+    /// Number of WAL writes so far, raised after the words above. Flushes wait for *writes*, not for positions: XLogWrite
+    /// writes the same last page again and again with more records in it, and its end position stays the same.
+    pub write_sequence: AtomicU64,
+    reserved_written: [u64; 4],
+    /// Every complete record in the bytes of the first so many writes is durable on a quorum. Rises only. Set by the agent.
+    pub settled_sequence: AtomicU64,
+    /// Changes whenever `settled_sequence`, `fenced` or `role` changes: the futex of WAL flushes.
     pub settled_futex: AtomicU32,
     /// Number of processes waiting on `settled_futex`; the agent skips the wake at 0. A process that is killed while it
     /// waits stays counted: that costs wakes without a sleeper, never a missed one.
@@ -89,8 +92,6 @@ pub struct Area {
     /// Number of processes waiting on `lease_futex`, counted as `settled_waiters`.
     pub lease_waiters: AtomicU32,
     reserved_lease: [u64; 6],
-    /// For the agent's metrics: WAL writes.
-    pub wal_writes: AtomicU64,
     /// For the agent's metrics: WAL flushes in the role of writer.
     pub wal_flushes: AtomicU64,
     /// For the agent's metrics: sends that found the lease expired.
@@ -102,6 +103,8 @@ const _: () = assert!(core::mem::size_of::<Area>() <= AREA_BYTES);
 /// WAL that PostgreSQL has written, as the agent sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
+    /// Number of writes that the positions below cover (at least): settle this number once their records are committed.
+    pub sequence: u64,
     /// End of the bytes written.
     pub written_lsn: u64,
     /// Bytes below this are final; never above `written_lsn`.
@@ -120,11 +123,21 @@ impl Area {
     pub fn publish_write(&self, timeline: u32, end_lsn: u64) -> bool {
         self.written_timeline.store(timeline, Release);
         self.final_lsn.fetch_max((end_lsn - 1) & !(WAL_PAGE_BYTES - 1), Release);
-        self.written_lsn.fetch_max(end_lsn, SeqCst);
-        self.wal_writes.fetch_add(1, Relaxed);
+        self.written_lsn.fetch_max(end_lsn, Release);
+        self.write_sequence.fetch_add(1, SeqCst);
         // Sequentially consistent against `prepare_sleep`: either this load sees the agent asleep, or the agent's
-        // second look sees `written_lsn`.
+        // second look sees `write_sequence`.
         self.agent_sleeps.load(SeqCst) == 1 && self.agent_sleeps.swap(0, SeqCst) == 1
+    }
+
+    /// What a WAL flush that begins now must wait for: every write that has returned so far.
+    pub fn flush_target(&self) -> u64 {
+        self.write_sequence.load(SeqCst)
+    }
+
+    /// Whether every complete record in the first `target` writes is durable on a quorum.
+    pub fn is_settled(&self, target: u64) -> bool {
+        self.settled_sequence.load(SeqCst) >= target
     }
 
     /// Whether the agent has declared this writer fenced.
@@ -151,27 +164,29 @@ impl Area {
 
     /// The WAL written so far.
     pub fn written(&self) -> Written {
-        let written_lsn = self.written_lsn.load(SeqCst);
+        // First: what is read after it, the pages included, is at least as young as this number says.
+        let sequence = self.write_sequence.load(SeqCst);
+        let written_lsn = self.written_lsn.load(Acquire);
         let final_lsn = self.final_lsn.load(Acquire).min(written_lsn);
-        Written { written_lsn, final_lsn, timeline: self.written_timeline.load(Acquire) }
+        Written { sequence, written_lsn, final_lsn, timeline: self.written_timeline.load(Acquire) }
     }
 
-    /// Announces that the agent, which has processed everything below `seen_lsn`, goes to sleep on the doorbell.
+    /// Announces that the agent, which has processed the first `seen_sequence` writes, goes to sleep on the doorbell.
     ///
     /// Returns false when more was written meanwhile: the agent must not sleep then.
-    pub fn prepare_sleep(&self, seen_lsn: u64) -> bool {
+    pub fn prepare_sleep(&self, seen_sequence: u64) -> bool {
         self.agent_sleeps.store(1, SeqCst);
-        if self.written_lsn.load(SeqCst) <= seen_lsn {
+        if self.write_sequence.load(SeqCst) <= seen_sequence {
             return true;
         }
         self.agent_sleeps.store(0, SeqCst);
         false
     }
 
-    /// Raises `settled_lsn`. True: wake `settled_futex`.
+    /// Raises `settled_sequence`. True: wake `settled_futex`.
     #[must_use]
-    pub fn settle(&self, lsn: u64) -> bool {
-        if self.settled_lsn.fetch_max(lsn, SeqCst) >= lsn {
+    pub fn settle(&self, sequence: u64) -> bool {
+        if self.settled_sequence.fetch_max(sequence, SeqCst) >= sequence {
             return false;
         }
         self.settled_futex.fetch_add(1, SeqCst);
@@ -222,8 +237,9 @@ mod tests {
             final_lsn: AtomicU64::new(0),
             written_timeline: AtomicU32::new(0),
             agent_sleeps: AtomicU32::new(0),
-            reserved_written: [0; 5],
-            settled_lsn: AtomicU64::new(0),
+            write_sequence: AtomicU64::new(0),
+            reserved_written: [0; 4],
+            settled_sequence: AtomicU64::new(0),
             settled_futex: AtomicU32::new(0),
             settled_waiters: AtomicU32::new(0),
             reserved_settled: [0; 6],
@@ -231,7 +247,6 @@ mod tests {
             lease_futex: AtomicU32::new(0),
             lease_waiters: AtomicU32::new(0),
             reserved_lease: [0; 6],
-            wal_writes: AtomicU64::new(0),
             wal_flushes: AtomicU64::new(0),
             lease_waits: AtomicU64::new(0),
         }
@@ -251,16 +266,16 @@ mod tests {
             (72, offset_of!(Area, final_lsn)),
             (80, offset_of!(Area, written_timeline)),
             (84, offset_of!(Area, agent_sleeps)),
-            (128, offset_of!(Area, settled_lsn)),
+            (88, offset_of!(Area, write_sequence)),
+            (128, offset_of!(Area, settled_sequence)),
             (136, offset_of!(Area, settled_futex)),
             (140, offset_of!(Area, settled_waiters)),
             (192, offset_of!(Area, lease_until_ns)),
             (200, offset_of!(Area, lease_futex)),
             (204, offset_of!(Area, lease_waiters)),
-            (256, offset_of!(Area, wal_writes)),
-            (264, offset_of!(Area, wal_flushes)),
-            (272, offset_of!(Area, lease_waits)),
-            (280, size_of::<Area>()),
+            (256, offset_of!(Area, wal_flushes)),
+            (264, offset_of!(Area, lease_waits)),
+            (272, size_of::<Area>()),
         ];
         for (expected, actual) in offsets {
             assert_eq!(expected, actual);
@@ -275,7 +290,8 @@ mod tests {
         {
             let area = area();
             area.publish_write(1, end_lsn);
-            assert_eq!(Written { written_lsn: end_lsn, final_lsn, timeline: 1 }, area.written(), "{end_lsn}");
+            let expected = Written { sequence: 1, written_lsn: end_lsn, final_lsn, timeline: 1 };
+            assert_eq!(expected, area.written(), "{end_lsn}");
         }
     }
 
@@ -285,12 +301,27 @@ mod tests {
         let area = area();
         area.publish_write(1, 32768);
         area.publish_write(2, 16384);
-        assert_eq!(Written { written_lsn: 32768, final_lsn: 24576, timeline: 2 }, area.written());
+        assert_eq!(Written { sequence: 2, written_lsn: 32768, final_lsn: 24576, timeline: 2 }, area.written());
         assert!(!area.settle(0));
         area.settled_waiters.store(1, SeqCst);
         assert!(area.settle(100));
         assert!(!area.settle(50));
-        assert_eq!(100, area.settled_lsn.load(SeqCst));
+        assert_eq!(100, area.settled_sequence.load(SeqCst));
+    }
+
+    /// XLogWrite writes the last page again with one more record in it: the flush of that record must not find itself
+    /// settled because the page's end was settled before, and the agent must be woken for it.
+    #[test]
+    fn rewriting_the_same_page_is_a_new_write() {
+        let area = area();
+        area.publish_write(1, 8192);
+        let seen = area.written().sequence;
+        assert!(!area.settle(seen));
+        assert!(area.is_settled(area.flush_target()));
+        assert!(area.prepare_sleep(seen));
+        assert!(area.publish_write(1, 8192), "the doorbell rings");
+        assert!(!area.is_settled(area.flush_target()));
+        assert!(!area.prepare_sleep(seen));
     }
 
     /// `final_lsn` is raised before `written_lsn`: an agent that looks in between must not take it for written.
@@ -307,8 +338,8 @@ mod tests {
     fn doorbell_rings_once_per_sleep() {
         let area = area();
         assert!(!area.publish_write(1, 8192), "the agent is awake");
-        assert!(!area.prepare_sleep(0), "8192 is unseen");
-        assert!(area.prepare_sleep(8192));
+        assert!(!area.prepare_sleep(0), "the first write is unseen");
+        assert!(area.prepare_sleep(1));
         assert!(area.publish_write(1, 16384));
         assert!(!area.publish_write(1, 24576));
     }
