@@ -81,10 +81,10 @@ fn configuration() -> impl Strategy<Value = Configuration> {
 }
 
 fn proposer_message() -> impl Strategy<Value = (ProposerMessage, Vec<u8>)> {
-    let vote = (ballot(), any::<[u8; 16]>(), any::<[u8; 16]>(), generation()).prop_map(
-        |(ballot, writer, incarnation, generation)| {
+    let vote = (ballot(), any::<[u8; 16]>(), any::<[u8; 16]>(), configuration()).prop_map(
+        |(ballot, writer, incarnation, configuration)| {
             let (writer, incarnation) = (WriterId(writer), Incarnation(incarnation));
-            (ProposerMessage::Vote(Vote { ballot, writer, incarnation, generation }), vec![])
+            (ProposerMessage::Vote(Vote { ballot, writer, incarnation, configuration }), vec![])
         },
     );
     let elected = (ballot(), any::<[u8; 16]>(), generation(), summary(), term_history(), timelines(), lsn()).prop_map(
@@ -129,6 +129,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
         (lsn(), ".{0,80}").prop_map(|(lsn, detail)| Refusal::BadWal { lsn, detail }),
         Just(Refusal::DiskFull),
         Just(Refusal::DiskFailed),
+        ".{0,80}".prop_map(|detail| Refusal::Malformed { detail }),
     ]
 }
 
@@ -150,17 +151,18 @@ fn acceptor_message() -> impl Strategy<Value = AcceptorMessage> {
         },
     );
     let voted = (
-        (ballot(), any::<[u8; 16]>(), identity(), ballot()),
+        (ballot(), any::<[u8; 16]>(), identity(), generation(), ballot()),
         (summary(), term_history(), timelines(), lsn(), lsn(), any::<u64>()),
     )
         .prop_map(|(who, state)| {
-            let (ballot, incarnation, (member, disk), last_ballot) = who;
+            let (ballot, incarnation, (member, disk), generation, last_ballot) = who;
             let (flush, history, timelines, commit_lsn, oldest_lsn, promise) = state;
             AcceptorMessage::Voted(Voted {
                 ballot,
                 incarnation: Incarnation(incarnation),
                 member,
                 disk,
+                generation,
                 last_ballot,
                 flush,
                 history,
@@ -172,13 +174,14 @@ fn acceptor_message() -> impl Strategy<Value = AcceptorMessage> {
         });
     let accepted = (ballot(), lsn())
         .prop_map(|(ballot, flush_lsn)| AcceptorMessage::ElectedAccepted(ElectedAccepted { ballot, flush_lsn }));
-    let appended =
-        (ballot(), any::<u64>(), lsn(), any::<bool>()).prop_map(|(ballot, sequence, flush_lsn, disk_full)| {
-            AcceptorMessage::Appended(Appended { ballot, sequence, flush_lsn, disk_full })
-        });
-    let refused = (refusal(), ballot(), any::<[u8; 16]>(), configuration()).prop_map(
-        |(reason, ballot, writer, configuration)| {
-            AcceptorMessage::Refused(Refused { reason, ballot, writer: WriterId(writer), configuration })
+    let appended = (ballot(), any::<u64>(), lsn(), lsn(), any::<bool>()).prop_map(
+        |(ballot, sequence, flush_lsn, durable_lsn, disk_full)| {
+            AcceptorMessage::Appended(Appended { ballot, sequence, flush_lsn, durable_lsn, disk_full })
+        },
+    );
+    let refused = (refusal(), any::<u64>(), ballot(), any::<[u8; 16]>(), configuration()).prop_map(
+        |(reason, sequence, ballot, writer, configuration)| {
+            AcceptorMessage::Refused(Refused { reason, sequence, ballot, writer: WriterId(writer), configuration })
         },
     );
     prop_oneof![status, voted, accepted, appended, refused]

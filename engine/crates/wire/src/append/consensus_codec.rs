@@ -192,7 +192,7 @@ pub(super) fn put_proposer_message(body: &mut Vec<u8>, message: &ProposerMessage
             put_ballot(body, vote.ballot);
             body.put(&vote.writer.0);
             body.put(&vote.incarnation.0);
-            body.put_u32(vote.generation.0);
+            put_configuration(body, &vote.configuration);
         }
         ProposerMessage::Elected(elected) => {
             put_ballot(body, elected.ballot);
@@ -237,7 +237,7 @@ pub(super) fn take_proposer_message(
             ballot: take_ballot(fields, "vote.ballot")?,
             writer: WriterId(fields.array("vote.writer")?),
             incarnation: Incarnation(fields.array("vote.incarnation")?),
-            generation: Generation(fields.u32("vote.generation")?),
+            configuration: take_configuration(fields)?,
         }),
         MessageType::Elected => ProposerMessage::Elected(Elected {
             ballot: take_ballot(fields, "elected.ballot")?,
@@ -298,6 +298,7 @@ pub(super) fn put_acceptor_message(body: &mut Vec<u8>, message: &AcceptorMessage
             body.put(&voted.incarnation.0);
             body.put_u32(voted.member.0);
             body.put(&voted.disk.0);
+            body.put_u32(voted.generation.0);
             put_ballot(body, voted.last_ballot);
             put_summary(body, &voted.flush);
             put_term_history(body, &voted.history);
@@ -315,10 +316,12 @@ pub(super) fn put_acceptor_message(body: &mut Vec<u8>, message: &AcceptorMessage
             put_ballot(body, appended.ballot);
             body.put_u64(appended.sequence);
             put_lsn(body, appended.flush_lsn);
+            put_lsn(body, appended.durable_lsn);
             body.put_u8(appended.disk_full.into());
         }
         AcceptorMessage::Refused(refused) => {
             put_refusal(body, &refused.reason);
+            body.put_u64(refused.sequence);
             put_ballot(body, refused.ballot);
             body.put(&refused.writer.0);
             put_configuration(body, &refused.configuration);
@@ -346,6 +349,7 @@ pub(super) fn take_acceptor_message(
             incarnation: Incarnation(fields.array("voted.incarnation")?),
             member: MemberId(fields.u32("voted.member")?),
             disk: DiskId(fields.array("voted.disk")?),
+            generation: Generation(fields.u32("voted.generation")?),
             last_ballot: take_ballot(fields, "voted.last_ballot")?,
             flush: take_summary(fields)?,
             history: take_term_history(fields)?,
@@ -362,10 +366,12 @@ pub(super) fn take_acceptor_message(
             ballot: take_ballot(fields, "appended.ballot")?,
             sequence: fields.u64("appended.sequence")?,
             flush_lsn: take_lsn(fields, "appended.flush_lsn")?,
+            durable_lsn: take_lsn(fields, "appended.durable_lsn")?,
             disk_full: fields.flag("appended.disk_full")?,
         }),
         MessageType::Refused => AcceptorMessage::Refused(Refused {
             reason: take_refusal(fields)?,
+            sequence: fields.u64("refused.sequence")?,
             ballot: take_ballot(fields, "refused.ballot")?,
             writer: WriterId(fields.array("refused.writer")?),
             configuration: take_configuration(fields)?,
@@ -397,6 +403,10 @@ fn put_refusal(body: &mut Vec<u8>, refusal: &Refusal) {
         }
         Refusal::DiskFull => body.put_u8(10),
         Refusal::DiskFailed => body.put_u8(11),
+        Refusal::Malformed { detail } => {
+            body.put_u8(12);
+            body.put_text(detail);
+        }
     }
 }
 
@@ -413,6 +423,7 @@ fn take_refusal(fields: &mut Taker<'_>) -> Result<Refusal, WireError> {
         9 => Refusal::BadWal { lsn: take_lsn(fields, "refused.lsn")?, detail: fields.text("refused.detail")? },
         10 => Refusal::DiskFull,
         11 => Refusal::DiskFailed,
+        12 => Refusal::Malformed { detail: fields.text("refused.detail")? },
         _ => return Err(WireError::BadValue { field: "refused.reason" }),
     })
 }

@@ -10,9 +10,9 @@ pub const HEADER_BYTES: usize = 12;
 pub const MAX_APPEND_BYTES: u32 = 1 << 20;
 /// Largest body without payload: 1 MiB.
 pub const MAX_BODY_BYTES: u32 = 1 << 20;
-/// Largest body of the frames that carry WAL: the payload, and 64 KiB for the fields before it (a timeline's history
-/// file may be among them).
-const MAX_WAL_BODY_BYTES: u32 = MAX_APPEND_BYTES + (64 << 10);
+/// Largest body of the frames that carry WAL: the payload, and 256 KiB for the fields before it (a timeline's history
+/// file may be among them: 50 bytes for each promotion, so 5,000 of them).
+const MAX_WAL_BODY_BYTES: u32 = MAX_APPEND_BYTES + (256 << 10);
 /// Frames with few fixed fields: nothing near this is ever sent, so garbage cannot make the reader wait for a megabyte.
 const MAX_SMALL_BODY_BYTES: u32 = 1 << 10;
 
@@ -86,13 +86,13 @@ impl MessageType {
         match self {
             MessageType::Append | MessageType::WalData => MAX_WAL_BODY_BYTES,
             MessageType::Hello
-            | MessageType::Vote
             | MessageType::FetchWal
             | MessageType::AskBallot
             | MessageType::ElectedAccepted
             | MessageType::Appended
             | MessageType::BallotAnswer => MAX_SMALL_BODY_BYTES,
-            MessageType::Elected
+            MessageType::Vote
+            | MessageType::Elected
             | MessageType::CatchUp
             | MessageType::Status
             | MessageType::Voted
