@@ -8,9 +8,21 @@
 
 extern crate alloc;
 
+use core::time::Duration;
+
+mod acceptor;
 mod configuration;
+mod durability;
 mod history;
 pub mod message;
 
-pub use configuration::{Configuration, Member};
+pub use acceptor::{
+    Acceptor, AcceptorCommand, AcceptorIdentity, AcceptorState, CatchUpTask, FenceAccepted, HELD_MAX, RecoveryError,
+};
+pub use configuration::{Configuration, ConfigurationError, MEMBERS_MAX, Member};
+pub use durability::Released;
 pub use history::{TermEntry, TermHistory, TimelineHistory};
+
+/// How long an acceptor's answer promises the writer that no later writer reports a commit: the writer may answer
+/// reads from its own memory meanwhile. Also the longest that a new writer waits for the promises to the last one.
+pub const LEASE_LENGTH: Duration = Duration::from_millis(1500);

@@ -3,9 +3,7 @@
 use alloc::{string::String, vec::Vec};
 use core::time::Duration;
 
-use pgtypes::{
-    Ballot, DiskId, FrameSummary, Generation, Incarnation, Lsn, MemberId, PgTimeline, Term, WriterId,
-};
+use pgtypes::{Ballot, DiskId, FrameSummary, Generation, Incarnation, Lsn, MemberId, PgTimeline, Term, WriterId};
 
 use crate::{Configuration, TermHistory, TimelineHistory};
 
@@ -242,6 +240,11 @@ pub enum Refusal {
     BadWal {
         /// Where.
         lsn: Lsn,
+        /// What is wrong.
+        detail: String,
+    },
+    /// The message contradicts itself or what the log has committed; a defect or two grants of one term.
+    Malformed {
         /// What is wrong.
         detail: String,
     },
