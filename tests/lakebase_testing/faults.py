@@ -1,0 +1,86 @@
+"""Faults that need more than a signal: no io_uring, a full disk, a disk that fails."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lakebase_testing.environment import is_root
+from lakebase_testing.waiting import wait_for
+
+
+def without_io_uring() -> list[str]:
+    """Returns a wrapper under which `io_uring_setup` fails as container runtimes make it fail (seccomp, EPERM)."""
+    return [sys.executable, str(Path(__file__).with_name("forbid_io_uring.py"))]
+
+
+def failing_call(call: str, error: str, when: str, log: Path) -> list[str]:
+    """Returns a wrapper under which a system call fails: `when` counts as strace does (`3`, `100+`, `10..12`).
+
+    The ring of io_uring makes no such call: use it together with `without_io_uring`.
+    """
+    return [
+        "strace", "--follow-forks", "--seccomp-bpf", "-qq", "--daemonize=grandchild", f"--output={log}", f"--trace={call}",
+        f"--inject={call}:error={error}:when={when}",
+    ]  # fmt: skip
+
+
+class SmallDisk:
+    """A file system of a fixed size that can be filled and emptied: a tmpfs, in a mount namespace for ordinary users.
+
+    `wrapper` goes before a command that shall see it; `path` is how this process reaches it.
+    """
+
+    def __init__(self, mount_point: Path, size_mib: int) -> None:
+        self.mount_point = mount_point
+        self._size_mib = size_mib
+        self._holder: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.mount_point.mkdir(exist_ok=True)
+        mount = f"mount -t tmpfs -o size={self._size_mib}m,mode=777 tmpfs '{self.mount_point}' && exec sleep infinity"
+        namespaces = ["--mount"] if is_root() else ["--user", "--map-root-user", "--mount"]
+        self._holder = subprocess.Popen(["unshare", *namespaces, "sh", "-c", mount], start_new_session=True)
+        wait_for("the small disk", self._mounted, 10)
+        return self
+
+    def _mounted(self) -> bool:
+        assert self._holder is not None
+        assert self._holder.poll() is None, "no mount namespace: this machine forbids them"
+        return os.path.ismount(self.path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._holder is not None
+        self._holder.send_signal(signal.SIGKILL)
+        self._holder.wait()
+
+    @property
+    def path(self) -> Path:
+        """The disk as seen from here."""
+        assert self._holder is not None
+        return Path(f"/proc/{self._holder.pid}/root{self.mount_point}")
+
+    @property
+    def wrapper(self) -> Sequence[str]:
+        """Puts a command into the namespace of the disk; the process keeps its id."""
+        assert self._holder is not None
+        user = [] if is_root() else ["--user", "--preserve-credentials"]
+        return ["nsenter", f"--target={self._holder.pid}", *user, "--mount", "--"]
+
+    def fill(self, leave_bytes: int = 0) -> None:
+        """Takes all free space but `leave_bytes`."""
+        free = shutil.disk_usage(self.path).free - leave_bytes
+        ballast = self.path / "ballast"
+        with ballast.open("ab") as file:
+            os.posix_fallocate(file.fileno(), file.tell(), max(free, 1))
+
+    def empty(self) -> None:
+        """Gives the space back."""
+        (self.path / "ballast").unlink()
