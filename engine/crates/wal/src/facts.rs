@@ -12,6 +12,7 @@ use crate::{
 
 /// Ids of the parts of a record that are not block references (`access/xlogrecord.h`).
 pub(crate) mod part_id {
+    pub const BLOCK_MAX: u8 = 32;
     pub const TOPLEVEL_XID: u8 = 252;
     pub const ORIGIN: u8 = 253;
     pub const DATA_LONG: u8 = 254;

@@ -85,6 +85,8 @@ pub(crate) trait Sink {
     fn payload(&mut self, bytes: &[u8]);
     /// The record in progress was broken off by a crash and is not part of the log.
     fn broken_off(&mut self);
+    /// The payload is complete and its checksum matches; refusing it makes it an error of the stream.
+    fn check(&mut self) -> Result<(), RecordFault>;
     /// The record is complete; `Break` stops the feeding right behind it.
     fn end(&mut self, record: &RecordInfo) -> ControlFlow<()>;
 }
@@ -98,6 +100,10 @@ impl<F: FnMut(&RecordInfo)> Sink for Each<F> {
     fn payload(&mut self, _: &[u8]) {}
     #[inline]
     fn broken_off(&mut self) {}
+    #[inline]
+    fn check(&mut self) -> Result<(), RecordFault> {
+        Ok(())
+    }
     #[inline]
     fn end(&mut self, record: &RecordInfo) -> ControlFlow<()> {
         (self.0)(record);
@@ -139,6 +145,7 @@ struct Current {
 #[derive(Clone, Copy, Debug)]
 pub struct Scanner {
     segment_bytes: u64,
+    record_bytes_max: u32,
     system_id: Option<SystemId>,
     position: Lsn,
     summary: FrameSummary,
@@ -181,6 +188,7 @@ impl Scanner {
         assert!(summary.record_end.offset_in(8) == 0, "{} is no end of a record", summary.record_end);
         Scanner {
             segment_bytes,
+            record_bytes_max: RECORD_BYTES_MAX,
             system_id: None,
             position: summary.record_end,
             summary,
@@ -208,6 +216,18 @@ impl Scanner {
     pub fn with_system_id(mut self, system_id: SystemId) -> Scanner {
         self.system_id = Some(system_id);
         self
+    }
+
+    /// Also refuses records longer than this.
+    #[must_use]
+    pub(crate) fn with_record_bytes_max(mut self, record_bytes_max: u32) -> Scanner {
+        self.record_bytes_max = record_bytes_max.min(RECORD_BYTES_MAX);
+        self
+    }
+
+    /// Whether no record is in progress.
+    pub(crate) fn is_between_records(&self) -> bool {
+        matches!(self.phase, Phase::Start | Phase::Continuation { .. } | Phase::Padding { record: false })
     }
 
     /// The next byte wanted; after an error, where the refused page or record starts.
@@ -432,7 +452,7 @@ impl Scanner {
     fn check_record_length(&self) -> Result<(), WalError> {
         match u32_at(&self.record.header, 0) {
             0 => self.refuse(WalErrorKind::EndOfWal),
-            length if length < RECORD_HEADER_BYTES as u32 || length > RECORD_BYTES_MAX => {
+            length if length < RECORD_HEADER_BYTES as u32 || length > self.record_bytes_max => {
                 self.refuse(WalErrorKind::RecordLength(length))
             }
             _ => Ok(()),
@@ -475,6 +495,7 @@ impl Scanner {
                 return self.refuse(WalErrorKind::Record(RecordFault::Overwritten { expected, found }));
             }
         }
+        sink.check().or_else(|fault| self.refuse(WalErrorKind::Record(fault)))?;
         if header.is_switch() && self.position.offset_in(self.segment_bytes) != 0 {
             self.phase = Phase::SwitchRest;
             Ok(ControlFlow::Continue(()))

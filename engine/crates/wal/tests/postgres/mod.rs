@@ -28,7 +28,7 @@ impl Postgres {
                 PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim())
             }
         };
-        let postgres = Postgres { user: is_root().then(|| user_name()), bin };
+        let postgres = Postgres { user: is_root().then(user_name), bin };
         let version = output(postgres.command("postgres").arg("--version"));
         assert!(version.contains(") 17."), "this test needs PostgreSQL 17, {:?} is {version}", postgres.bin);
         postgres
