@@ -229,6 +229,8 @@ pub struct Acceptor {
     writer_connection: Option<u64>,
     /// Highest sequence heard in `elected_durable`.
     heard: u64,
+    /// When the first append of that ballot was heard in this run.
+    following_since: Option<Instant>,
     /// Highest commit announced; counts as far as the log reaches.
     announced_commit: Lsn,
     /// The state that makes the newest timeline durable, and where it begins.
@@ -288,6 +290,7 @@ impl Acceptor {
             elected_durable: state.elected,
             writer_connection: None,
             heard: 0,
+            following_since: None,
             announced_commit: state.commit_lsn,
             timeline_pending: None,
             promised_earlier,
@@ -528,6 +531,9 @@ impl Acceptor {
         let changed = self.state.elected != elected.ballot
             || self.state.history != elected.history
             || self.state.timelines != elected.timelines;
+        if self.state.elected != elected.ballot {
+            self.following_since = None;
+        }
         self.state.elected = elected.ballot;
         self.state.history = elected.history;
         self.state.timelines = elected.timelines;
@@ -604,6 +610,7 @@ impl Acceptor {
     pub fn appended(&mut self, connection: u64, append: &Append, summary: FrameSummary, now: Instant) {
         self.writer_connection = Some(connection);
         self.heard = self.heard.max(append.sequence);
+        self.following_since = self.following_since.or(Some(now));
         self.promised = self.promised.max(now.after(LEASE_LENGTH));
         self.receive_lsn = self.receive_lsn.max(append.end_lsn);
         self.received = summary;
@@ -694,8 +701,11 @@ impl Acceptor {
     }
 
     /// Changes the membership. The answer comes when it is durable. Idempotent; see [`Configuration::check_next`].
-    pub fn handle_configuration(&mut self, request: u64, configuration: Configuration) {
-        match self.check_configuration(&configuration) {
+    ///
+    /// [`ConfigurationError::NotCommitted`] is answered until this acceptor has heard, from a writer that it follows for
+    /// a lease length, of a commit counted with the joint configuration: try again.
+    pub fn handle_configuration(&mut self, request: u64, configuration: Configuration, now: Instant) {
+        match self.check_configuration(&configuration, now) {
             Ok(()) => {
                 let generation = configuration.generation;
                 if self.state.configuration != configuration {
@@ -710,7 +720,7 @@ impl Acceptor {
         }
     }
 
-    fn check_configuration(&self, next: &Configuration) -> Result<(), ConfigurationError> {
+    fn check_configuration(&self, next: &Configuration, now: Instant) -> Result<(), ConfigurationError> {
         let known = &self.state.configuration;
         let takes_part =
             |configuration: &Configuration| configuration.contains(self.identity.member, self.identity.disk);
@@ -726,7 +736,15 @@ impl Acceptor {
         if next.generation == known.generation {
             return Err(ConfigurationError::Conflict(known.generation));
         }
-        known.check_next(next, self.state.commit_generation)
+        known.check_next(next, self.state.commit_generation)?;
+        // A voter of the new set alone may not know of leases that the old set promised to a writer before the one that
+        // it hears: those are over one lease after that writer was followed.
+        let settled = self.following_since.is_some_and(|since| now >= since.after(LEASE_LENGTH));
+        let leaves_old = known.new_members.is_some() && next.members != known.members;
+        match leaves_old && !settled {
+            true => Err(ConfigurationError::NotCommitted),
+            false => Ok(()),
+        }
     }
 
     // ---- events of the store ----

@@ -55,8 +55,9 @@ pub enum ConfigurationError {
     /// The members of the final configuration are neither set of the joint one.
     #[error("a joint configuration can only be followed by one of its two sets")]
     OtherMembers,
-    /// This acceptor has not heard of a commit counted with the joint configuration yet.
-    #[error("no commit was counted with the joint configuration yet: wait for the writer to pick it up")]
+    /// This acceptor has not heard of a commit counted with the joint configuration yet, or leases of an earlier writer
+    /// may still run.
+    #[error("no commit was counted with the joint configuration for long enough: wait for the writer, try again")]
     NotCommitted,
     /// The acceptor's disk is not in its own configuration, nor in the offered one.
     #[error("this disk is not a member of the log")]

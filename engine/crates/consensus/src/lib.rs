@@ -15,6 +15,8 @@ mod configuration;
 mod durability;
 mod history;
 pub mod message;
+mod peer;
+mod proposer;
 
 pub use acceptor::{
     Acceptor, AcceptorCommand, AcceptorIdentity, AcceptorState, CatchUpTask, FenceAccepted, HELD_MAX, RecoveryError,
@@ -22,6 +24,10 @@ pub use acceptor::{
 pub use configuration::{Configuration, ConfigurationError, MEMBERS_MAX, Member};
 pub use durability::Released;
 pub use history::{TermEntry, TermHistory, TimelineHistory};
+pub use proposer::{
+    ANNOUNCE_DELAY, APPEND_BYTES_MAX, Grant, HEARTBEAT_INTERVAL, IN_FLIGHT_BYTES_MAX, Proposer, ProposerCommand,
+    RETRY_DELAY, RETRY_DELAY_MAX, SILENCE_MAX, Trouble,
+};
 
 /// How long an acceptor's answer promises the writer that no later writer reports a commit: the writer may answer
 /// reads from its own memory meanwhile. Also the longest that a new writer waits for the promises to the last one.

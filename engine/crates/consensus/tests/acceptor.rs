@@ -58,7 +58,7 @@ fn created() -> AcceptorState {
 }
 
 fn fresh() -> Acceptor {
-    Acceptor::new(identity(), created(), end(0), NEVER).unwrap()
+    Acceptor::new(identity(), created(), end(0), NEVER).expect("starts")
 }
 
 fn drain(acceptor: &mut Acceptor) -> Vec<AcceptorCommand> {
@@ -91,7 +91,7 @@ fn elected(ballot: Ballot, incarnation: Incarnation, history: &[(Ballot, u64)]) 
         ballot,
         incarnation,
         generation: Generation(1),
-        start: end(history.last().unwrap().1),
+        start: end(history.last().expect("an entry").1),
         history: TermHistory(entries),
         timelines: created().timelines,
         commit_lsn: Lsn::INVALID,
@@ -131,7 +131,7 @@ fn following() -> Acceptor {
 fn holding(bytes: u64) -> Acceptor {
     let mut acceptor = following();
     let append = append(ballot(1, 1), 1, 0, bytes, Lsn::INVALID);
-    acceptor.check_append(5, &append).unwrap();
+    acceptor.check_append(5, &append).expect("follows");
     acceptor.appended(5, &append, end(bytes), NEVER);
     acceptor.handle_flushed(end(bytes), at(bytes));
     settle(&mut acceptor);
@@ -566,20 +566,22 @@ fn final_configuration_waits_for_a_commit_counted_with_the_joint_one() {
         answers
     };
 
-    acceptor.handle_configuration(1, joint.clone());
-    acceptor.handle_configuration(2, joint.clone());
-    acceptor.handle_configuration(3, last.clone());
+    acceptor.handle_configuration(1, joint.clone(), NEVER);
+    acceptor.handle_configuration(2, joint.clone(), NEVER);
+    acceptor.handle_configuration(3, last.clone(), NEVER);
     let expected = vec![Err(ConfigurationError::NotCommitted), Ok(Generation(2)), Ok(Generation(2))];
     assert_eq!(expected, answers(&mut acceptor));
 
     let silent = Append { generation: Generation(2), ..append(ballot(1, 1), 2, 64, 64, Lsn::INVALID) };
     acceptor.handle_message(5, ProposerMessage::Append(silent), NEVER);
-    acceptor.handle_configuration(4, last.clone());
+    acceptor.handle_configuration(4, last.clone(), NEVER);
     assert_eq!(vec![Err(ConfigurationError::NotCommitted)], answers(&mut acceptor));
 
     let counted = Append { generation: Generation(2), ..append(ballot(1, 1), 3, 64, 64, at(64)) };
     acceptor.handle_message(5, ProposerMessage::Append(counted), NEVER);
-    acceptor.handle_configuration(5, last);
+    acceptor.handle_configuration(5, last.clone(), NEVER.after(LEASE_LENGTH - Duration::from_millis(1)));
+    assert_eq!(vec![Err(ConfigurationError::NotCommitted)], answers(&mut acceptor), "earlier leases may still run");
+    acceptor.handle_configuration(6, last, NEVER.after(LEASE_LENGTH));
     assert_eq!(vec![Ok(Generation(3))], answers(&mut acceptor));
 }
 
