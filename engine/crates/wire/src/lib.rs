@@ -1,6 +1,7 @@
 //! Bytes of the engine's protocols, as pure encoders and decoders.
 //!
 //! [`append`] is ours (`docs/formats/append-protocol.md`): proposers, peers and readers speak it with a safekeeper.
+//! [`postgres`] is PostgreSQL's, the part that stock followers need (`docs/formats/replication-protocol.md`).
 //! Knows nothing about sockets: callers hand bytes in and send what comes out. Every decoder takes hostile input: it
 //! returns a typed error, never panics, and never allocates by a length that it has not checked against a limit.
 #![no_std]
@@ -10,3 +11,4 @@ extern crate alloc;
 
 pub mod append;
 mod bytes;
+pub mod postgres;
