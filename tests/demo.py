@@ -73,7 +73,7 @@ def tell(cluster: LocalCluster) -> None:
         killed_at = time.monotonic()
         wait_for("PostgreSQL to die with its agent", lambda: all(procfs.state(p) in (None, "Z") for p in postgres))
         say(
-            f"kill -9 {writer.name}: its agent, and with it all {len(postgres)} processes of PostgreSQL. Its disk counts as lost."
+            f"kill -9 {writer.name}: its agent, and with it all {len(postgres)} processes of PostgreSQL. Its disk is lost, too."
         )
 
         current[0] = successor = cluster.start_writer()
