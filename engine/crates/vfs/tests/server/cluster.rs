@@ -350,6 +350,15 @@ pub fn lives(pid: u32) -> bool {
     }
 }
 
+/// Removes the System V segment that a killed server leaves behind, named in its `postmaster.pid` (line 7: key, id).
+pub fn remove_segment(postmaster_pid: &str) {
+    let segment = postmaster_pid.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    if let Some(segment) = segment {
+        // SAFETY: integer arguments; after a clean end the segment is gone, and the call fails.
+        unsafe { libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut()) };
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -365,11 +374,6 @@ impl Drop for Server {
             let ended = self.process.wait();
             assert!(ended.is_ok() || std::thread::panicking());
         }
-        // A postmaster that was killed leaves its System V segment behind; line 7 is its key and id.
-        let segment = identity.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
-        if let Some(segment) = segment {
-            // SAFETY: removes the segment that the server of this test made; it is gone after a clean end.
-            unsafe { libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut()) };
-        }
+        remove_segment(&identity);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     PATIENCE,
-    cluster::{Cluster, TRUST, command, library, run},
+    cluster::{Cluster, TRUST, command, library, remove_segment, run},
     within,
 };
 use std::{os::fd::AsRawFd, sync::atomic::Ordering::SeqCst};
@@ -115,12 +115,15 @@ fn other_programs_are_left_alone() {
     assert_eq!("", String::from_utf8_lossy(&output.stderr));
 }
 
-/// `initdb` starts a PostgreSQL of its own, which belongs to no agent.
+/// `initdb` starts a PostgreSQL of its own, in a directory that belongs to no agent: it ends at its first WAL.
 #[test]
 fn initdb_is_refused() {
     let cluster = Cluster::bare("initdb", ROLE_WRITER);
     let target = cluster.directory.0.join("fresh");
-    let mut process = cluster.spawn("initdb", &["-D", target.to_str().unwrap()]);
+    let mut process = cluster.spawn("initdb", &["--no-clean", "-D", target.to_str().unwrap()]);
     assert!(within(PATIENCE, || process.try_wait().unwrap().is_some()));
     assert!(!process.wait().unwrap().success());
+    let log = cluster.log();
+    assert!(log.contains("the server runs in another data directory than its agent's"), "{log}");
+    remove_segment(&std::fs::read_to_string(target.join("postmaster.pid")).unwrap());
 }
