@@ -276,8 +276,9 @@ class LocalCluster:
         self.operator = self.authority.issue("operator", "operator") if self.authority else None
         (self.directory / "users").touch()
         self.safekeepers: list[Safekeeper] = []
-        for ordinal in range(members):
-            self.safekeepers.append(Safekeeper(self, ordinal, wrapper))
+        self._all_safekeepers: list[Safekeeper] = []
+        for _ in range(members):
+            self.add_safekeeper()
 
     # --- Life ---------------------------------------------------------------------------------------------------
 
@@ -320,7 +321,7 @@ class LocalCluster:
         return [
             *(writer.process for writer in self.writers),
             *self.processes,
-            *(safekeeper.process for safekeeper in self.safekeepers),
+            *(safekeeper.process for safekeeper in self._all_safekeepers),
         ]
 
     def _end_processes(self) -> list[str]:
@@ -446,6 +447,13 @@ class LocalCluster:
         writer.wait_running(timeout_seconds)
 
     # --- The state of the log ---------------------------------------------------------------------------------------
+
+    def add_safekeeper(self) -> Safekeeper:
+        """Describes one more safekeeper; it is not started, and no member of the log."""
+        safekeeper = Safekeeper(self, len(self._all_safekeepers), self.wrapper)
+        self._all_safekeepers.append(safekeeper)
+        self.safekeepers.append(safekeeper)
+        return safekeeper
 
     def majority(self) -> int:
         """How many safekeepers make a quorum."""
