@@ -5,7 +5,10 @@
 //! (`durability.rs`). The rules are in `docs/design/2026-11-22-consensus.md`; the other side is `proposer.rs`.
 
 use alloc::{collections::VecDeque, string::String, vec::Vec};
-use core::time::Duration;
+use core::{
+    hash::{Hash, Hasher},
+    time::Duration,
+};
 
 use pgtypes::{
     Ballot, DiskId, FrameSummary, Generation, Incarnation, Instant, LogId, Lsn, MemberId, PgTimeline, SystemId, Term,
@@ -571,6 +574,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// The refusal to be sent, by [`Acceptor::refuse`].
+    #[expect(clippy::result_large_err, reason = "a refusal is rare, and sent as it is")]
     pub fn check_append(&self, connection: u64, append: &Append) -> Result<(), Refused> {
         self.may_append(connection, append).map_err(|reason| self.refusal(reason, append.sequence))
     }
@@ -1049,6 +1053,31 @@ impl Acceptor {
                 if *to == connection && matches!(message.message(), crate::message::AcceptorMessage::Appended(_)))
         });
         self.commands.push_back(AcceptorCommand::Reply { connection, message });
+    }
+}
+
+/// For the exhaustive check (`tests/exhaustive`).
+impl Acceptor {
+    /// Hashes what decides the acceptor's future apart from time: neither who it is, so that states which differ only
+    /// in the numbering of acceptors are one, nor leases and sequences. `connection` gives connections stable names.
+    #[doc(hidden)]
+    pub fn hash_protocol_state<H: Hasher>(&self, connection: impl Fn(u64) -> u64, into: &mut H) {
+        let state = &self.state;
+        (state.ballot, state.writer, state.incarnation, state.elected, &state.history, state.commit_lsn).hash(into);
+        (state.configuration.generation, state.commit_generation, state.timelines.0.len()).hash(into);
+        (self.flushed.end(), self.flushed.durable_lsn(), self.receive_lsn, self.received.record_end).hash(into);
+        (self.tail_unknown, self.truncating, self.elected_durable, self.announced_commit).hash(into);
+        (self.writer_connection.map(&connection), self.timeline_pending.map(|(_, lsn)| lsn)).hash(into);
+        (self.electing.as_ref().map(|electing| electing.elected.ballot), self.disk_full, self.disk_failed).hash(into);
+        for held in &self.held {
+            (self.sequence - held.sequence).hash(into);
+            match &held.request {
+                HeldRequest::Vote { connection: of, ballot, .. } => (1, connection(*of), ballot).hash(into),
+                HeldRequest::Elected { connection: of, ballot } => (2, connection(*of), ballot).hash(into),
+                HeldRequest::Fence { term, .. } => (3, term).hash(into),
+                HeldRequest::Configuration { generation, .. } => (4, generation).hash(into),
+            }
+        }
     }
 }
 

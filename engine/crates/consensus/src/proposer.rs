@@ -6,7 +6,10 @@
 //! acceptor looks like from here is in `peer.rs`.
 
 use alloc::{collections::VecDeque, string::String, vec::Vec};
-use core::time::Duration;
+use core::{
+    hash::{Hash, Hasher},
+    time::Duration,
+};
 
 use pgtypes::{Attempt, Ballot, FrameSummary, Incarnation, Instant, Lsn, MemberId, Term, WriterId};
 
@@ -941,5 +944,31 @@ impl Proposer {
 
     fn peer(&self, member: MemberId) -> Option<&Peer> {
         self.peers.iter().find(|peer| peer.member.member == member)
+    }
+}
+
+/// For the exhaustive check (`tests/exhaustive`).
+impl Proposer {
+    /// Hashes what decides the proposer's future apart from time, without what it knows of single acceptors.
+    #[doc(hidden)]
+    pub fn hash_protocol_state<H: Hasher>(&self, into: &mut H) {
+        (self.grant, self.incarnation, self.configuration.generation, self.attempt_seen, self.ballot).hash(into);
+        (self.next_attempt_at.is_some(), self.decided, self.held_out, self.commit_lsn, self.commit_counted).hash(into);
+        (self.local, self.announce_at.is_some(), self.fenced).hash(into);
+        if let Some(election) = &self.election {
+            (election.start.record_end, &election.history, election.commit_lsn).hash(into);
+        }
+    }
+
+    /// Hashes what it knows of one acceptor.
+    #[doc(hidden)]
+    pub fn hash_peer_state<H: Hasher>(&self, member: MemberId, into: &mut H) {
+        let Some(peer) = self.peer(member) else { return };
+        (peer.stage, peer.retry_at.is_some(), peer.status_heard, peer.lost, peer.generation, peer.accepted).hash(into);
+        (peer.flush_lsn, peer.durable_lsn, peer.sent_lsn, peer.announced, peer.disk_full).hash(into);
+        peer.catching_up.map(|catching_up| catching_up.until).hash(into);
+        if let Some(vote) = &peer.vote {
+            (vote.last_ballot, vote.flush.record_end, &vote.history, vote.commit_lsn).hash(into);
+        }
     }
 }
