@@ -7,6 +7,7 @@
 
 use std::{
     env, fs,
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -49,16 +50,28 @@ impl Postgres {
         command
     }
 
+    /// One of PostgreSQL's programs that do not mind root, as the user who runs the test.
+    pub fn tool(&self, program: &str) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        command.env("LC_ALL", "C").env("TZ", "UTC").stdin(Stdio::null());
+        command
+    }
+
     /// A new directory that PostgreSQL may write to, removed with everything in it at the end.
     pub fn directory(&self) -> Directory {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("lakebase-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = env::temp_dir().join(name);
         fs::create_dir(&path).expect("a new directory");
-        if let Some(user) = &self.user {
-            output(Command::new("chown").arg(user).arg(&path));
-        }
+        self.own(&path);
         Directory(path)
+    }
+
+    /// Gives a file that the test made to the user who runs PostgreSQL.
+    pub fn own(&self, path: &Path) {
+        if let Some(user) = &self.user {
+            output(Command::new("chown").arg(user).arg(path));
+        }
     }
 
     /// A new data directory `name` in `directory`.
@@ -67,7 +80,12 @@ impl Postgres {
         let mut command = self.command("initdb");
         command.args(["--no-sync", "--auth=trust", "--locale=C", "--encoding=UTF8", "--username=postgres"]);
         output(command.args(arguments).arg("-D").arg(&data));
-        Server { postgres: self, data, sockets: directory.0.clone(), running: false }
+        self.server(directory, &data)
+    }
+
+    /// A server on a data directory that exists.
+    pub fn server(&self, directory: &Directory, data: &Path) -> Server<'_> {
+        Server { postgres: self, data: data.to_owned(), sockets: directory.0.clone(), running: false }
     }
 }
 
@@ -139,6 +157,16 @@ impl Server<'_> {
         output(self.client("psql").args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql]))
     }
 
+    /// Runs a script whose statements are transactions of their own.
+    pub fn script(&self, sql: &str) {
+        let mut command = self.client("psql");
+        command.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", "-"]).stdin(Stdio::piped());
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("psql starts");
+        child.stdin.take().expect("a pipe").write_all(sql.as_bytes()).expect("psql reads");
+        let result = child.wait_with_output().expect("psql ends");
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    }
+
     /// What `pg_controldata` says under `label`.
     pub fn control_data(&self) -> ControlData {
         ControlData::of(self.postgres, &self.data)
@@ -158,7 +186,10 @@ pub struct ControlData(Vec<(String, String)>);
 
 impl ControlData {
     pub fn of(postgres: &Postgres, data: &Path) -> ControlData {
-        let text = output(postgres.command("pg_controldata").arg("-D").arg(data));
+        ControlData::parse(&output(postgres.command("pg_controldata").arg("-D").arg(data)))
+    }
+
+    pub fn parse(text: &str) -> ControlData {
         let pair = |line: &str| line.split_once(':').map(|(label, value)| (label.to_owned(), value.trim().to_owned()));
         ControlData(text.lines().filter_map(pair).collect())
     }
