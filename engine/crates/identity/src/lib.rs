@@ -11,4 +11,4 @@ mod tls;
 
 pub use call::{Call, Caller, NotAllowed, allowed};
 pub use peer::{Peer, PeerError, Role, peer_of};
-pub use tls::{Tls, TlsError, TlsFiles};
+pub use tls::{FollowerTls, Tls, TlsError, TlsFiles};

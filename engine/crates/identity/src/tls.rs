@@ -16,6 +16,8 @@ use rustls::{
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use sha2::{Digest, Sha256, Sha384, Sha512};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::{Peer, PeerError, peer_of};
 
@@ -75,8 +77,18 @@ pub enum TlsError {
 struct Configurations {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
-    follower: Arc<ServerConfig>,
+    follower: FollowerTls,
     own: Arc<Peer>,
+}
+
+/// What the PostgreSQL port needs, of one version of the files.
+#[derive(Clone)]
+pub struct FollowerTls {
+    /// TLS 1.2 and 1.3; client certificates are verified but optional (SCRAM otherwise).
+    pub config: Arc<ServerConfig>,
+    /// Hash of the certificate that the port shows, for SCRAM's channel binding (`tls-server-end-point`, RFC 5929);
+    /// `None` when its signature has no hash function of its own.
+    pub certificate_hash: Option<Arc<[u8]>>,
 }
 
 struct Shared {
@@ -127,8 +139,8 @@ impl Tls {
         self.with(|current| current.client.clone())
     }
 
-    /// For the PostgreSQL port: TLS 1.2 and 1.3, client certificates verified but optional (SCRAM otherwise).
-    pub fn follower_config(&self) -> Arc<ServerConfig> {
+    /// For the PostgreSQL port.
+    pub fn follower(&self) -> FollowerTls {
         self.with(|current| current.follower.clone())
     }
 
@@ -238,7 +250,10 @@ fn read(files: &TlsFiles) -> Result<Configurations, TlsError> {
     let required = verifier().build().map_err(|error| misfit(&error))?;
     let optional = verifier().allow_unauthenticated().build().map_err(|error| misfit(&error))?;
     let server = server_config(ENGINE_VERSIONS, required)?;
-    let follower = server_config(FOLLOWER_VERSIONS, optional)?;
+    let follower = FollowerTls {
+        config: server_config(FOLLOWER_VERSIONS, optional)?,
+        certificate_hash: end_point_hash(&chain[0]).map(Arc::from),
+    };
 
     let mut client = ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(ENGINE_VERSIONS)
@@ -248,6 +263,23 @@ fn read(files: &TlsFiles) -> Result<Configurations, TlsError> {
         .map_err(|error| misfit(&error))?;
     client.resumption = Resumption::disabled();
     Ok(Configurations { server, client: Arc::new(client), follower, own: Arc::new(own) })
+}
+
+/// The hash that the certificate is signed with, of the certificate; SHA-256 in place of MD5 and SHA-1.
+fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    match certificate.signature_algorithm.algorithm.to_id_string().as_str() {
+        // md5, sha1 and sha256 WithRSAEncryption; ecdsa-with-SHA1 and -SHA256.
+        "1.2.840.113549.1.1.4"
+        | "1.2.840.113549.1.1.5"
+        | "1.2.840.113549.1.1.11"
+        | "1.2.840.10045.4.1"
+        | "1.2.840.10045.4.3.2" => Some(Sha256::digest(der).to_vec()),
+        // The same with SHA-384 and SHA-512.
+        "1.2.840.113549.1.1.12" | "1.2.840.10045.4.3.3" => Some(Sha384::digest(der).to_vec()),
+        "1.2.840.113549.1.1.13" | "1.2.840.10045.4.3.4" => Some(Sha512::digest(der).to_vec()),
+        _ => None,
+    }
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, TlsError> {
@@ -406,9 +438,18 @@ mod tests {
                 Arc::new(config.with_root_certificates(roots).with_no_client_auth())
             };
             assert!(handshake(bare(), server.server_config(), "localhost").is_err());
-            let [own, client] = handshake(bare(), server.follower_config(), "localhost").unwrap();
+            let [own, client] = handshake(bare(), server.follower().config, "localhost").unwrap();
             assert_eq!((Some((*server.own()).clone()), None), (own, client));
         }
+    }
+
+    /// P-256 certificates are signed with SHA-256; the hash is over the whole certificate.
+    #[test]
+    fn channel_binding_hashes_the_certificate_that_is_shown() {
+        let directory = Directory::with_members(&[(Role::Safekeeper, "sk-1")]);
+        let der = CertificateDer::from_pem_file(directory.0.join("sk-1.pem")).unwrap();
+        let hash = directory.load("sk-1").follower().certificate_hash.unwrap();
+        assert_eq!(Sha256::digest(&der).as_slice(), &*hash);
     }
 
     /// Waits for `condition`, which the watcher fulfils within some of its 5 ms intervals.

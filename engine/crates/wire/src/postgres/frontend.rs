@@ -203,6 +203,14 @@ impl MessageReader {
         Ok(Some(message))
     }
 
+    /// Whether [`MessageReader::next`] would give a message or an error now.
+    pub fn is_message_ready(&self) -> bool {
+        let rest = &self.buffer[self.consumed..];
+        let Some(&[_, l0, l1, l2, l3]) = rest.first_chunk::<5>() else { return false };
+        let length = u32::from_be_bytes([l0, l1, l2, l3]) as usize;
+        length > MAX_MESSAGE_BYTES || rest.len() > length
+    }
+
     /// The next message of the session; `None` when more bytes are needed.
     ///
     /// # Errors
@@ -369,8 +377,10 @@ mod tests {
             reader.feed(&message(*kind, body));
         }
         for (_, _, expected) in messages {
+            assert!(reader.is_message_ready());
             assert_eq!(Ok(Some(expected)), reader.next());
         }
+        assert!(!reader.is_message_ready());
         assert_eq!(Ok(None), reader.next());
     }
 
@@ -386,6 +396,7 @@ mod tests {
         ] {
             let mut reader = MessageReader::new();
             reader.feed(&bytes);
+            assert!(reader.is_message_ready());
             assert_eq!(Err(expected), reader.next());
         }
     }
