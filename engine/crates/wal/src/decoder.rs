@@ -65,6 +65,11 @@ impl Decoder {
         self.scanner.feed_sink(bytes, &mut self.collector)
     }
 
+    /// Bytes set aside for the record in progress.
+    pub fn buffered_bytes(&self) -> usize {
+        self.collector.payload.capacity()
+    }
+
     /// The record that the last [`Decoder::feed`] completed.
     pub fn poll_record(&mut self) -> Option<Record> {
         self.collector.ready.take()
