@@ -125,8 +125,9 @@ fn end_of_checkpoint(pgdata: &Path, control: &ControlFile) -> Result<FrameSummar
     let timeline = control.checkpoint.timeline;
     let begin = control.checkpoint_lsn.floor(segment_bytes);
     let first = segment_path(pgdata, timeline, begin, segment_bytes);
-    let mut scanner = Scanner::at_segment_start(begin, segment_bytes, max_full_xid(control), first_page_timeline(&first)?)
-        .with_system_id(control.system_id);
+    let mut scanner =
+        Scanner::at_segment_start(begin, segment_bytes, max_full_xid(control), first_page_timeline(&first)?)
+            .with_system_id(control.system_id);
     let mut buffer = vec![0; READ_BYTES];
     let mut end = None;
     loop {
@@ -137,7 +138,8 @@ fn end_of_checkpoint(pgdata: &Path, control: &ControlFile) -> Result<FrameSummar
             let position = scanner.position();
             let left = segment_bytes - position.offset_in(segment_bytes);
             let wanted = left.min(READ_BYTES as u64) as usize;
-            file.read_exact_at(&mut buffer[..wanted], position.offset_in(segment_bytes)).map_err(|e| error(&path, e))?;
+            file.read_exact_at(&mut buffer[..wanted], position.offset_in(segment_bytes))
+                .map_err(|e| error(&path, e))?;
             let before = scanner;
             let result = scanner.feed(&buffer[..wanted], |record| {
                 if record.start == control.checkpoint_lsn {
@@ -147,7 +149,8 @@ fn end_of_checkpoint(pgdata: &Path, control: &ControlFile) -> Result<FrameSummar
             if let Some(end) = end {
                 return summary_at(before, &buffer[..wanted], end).map_err(|e| error(&path, e));
             }
-            result.map_err(|e| error(&path, format!("the checkpoint at {} is not found: {e}", control.checkpoint_lsn)))?;
+            result
+                .map_err(|e| error(&path, format!("the checkpoint at {} is not found: {e}", control.checkpoint_lsn)))?;
             if wanted as u64 == left {
                 break;
             }

@@ -192,7 +192,11 @@ pub struct HostPort {
 
 impl fmt::Display for HostPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') { write!(f, "[{}]:{}", self.host, self.port) } else { write!(f, "{}:{}", self.host, self.port) }
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
     }
 }
 
@@ -204,7 +208,9 @@ impl FromStr for HostPort {
         let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
         let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
             Some(bracketed) => bracketed,
-            None if host.contains(':') => return Err(format!("{text:?}: an IPv6 address needs brackets, as in [::1]:5432")),
+            None if host.contains(':') => {
+                return Err(format!("{text:?}: an IPv6 address needs brackets, as in [::1]:5432"));
+            }
             None => host,
         };
         let port: u16 = port.parse().map_err(|_| wrong())?;
@@ -244,17 +250,14 @@ impl Config {
     /// What is wrong, for the person who wrote it.
     pub fn parse(source: &str, directory: &Path) -> Result<Self, String> {
         let mut config: Config = toml::from_str(source).map_err(|e| e.to_string())?;
-        let mut resolve = |path: &mut PathBuf| *path = directory.join(&*path);
+        let resolve = |path: &mut PathBuf| *path = directory.join(&*path);
         resolve(&mut config.data_dir);
         resolve(&mut config.base_backup);
         resolve(&mut config.postgres.bin_dir);
         resolve(&mut config.postgres.vfs_library);
-        for path in [&mut config.postgres.socket_dir, &mut config.tls.ca, &mut config.tls.certificate, &mut config.tls.key]
-        {
-            if let Some(path) = path {
-                resolve(path);
-            }
-        }
+        let tls = &mut config.tls;
+        let optional = [&mut config.postgres.socket_dir, &mut tls.ca, &mut tls.certificate, &mut tls.key];
+        optional.into_iter().flatten().for_each(resolve);
         config.check()?;
         Ok(config)
     }
@@ -438,9 +441,13 @@ i_know_this_is_insecure = true
     #[test]
     fn member_numbers_and_addresses_are_unique() {
         let entry = |member: u32, port: u16| {
-            format!("[[safekeepers]]\nmember = {member}\nappend = \"127.0.0.1:{port}\"\nreplication = \"127.0.0.1:1\"\n[listen]")
+            format!(
+                "[[safekeepers]]\nmember = {member}\nappend = \"127.0.0.1:{port}\"\nreplication = \"127.0.0.1:1\"\n[listen]"
+            )
         };
-        assert!(parse(&GOOD.replace("[listen]", &entry(1, 7002))).expect_err("member").contains("member 1 appears twice"));
+        assert!(
+            parse(&GOOD.replace("[listen]", &entry(1, 7002))).expect_err("member").contains("member 1 appears twice")
+        );
         assert!(parse(&GOOD.replace("[listen]", &entry(2, 7001))).expect_err("address").contains("7001 appears twice"));
         assert_eq!(2, parse(&GOOD.replace("[listen]", &entry(2, 7002))).expect("valid").safekeepers.len());
     }

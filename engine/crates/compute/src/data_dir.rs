@@ -11,20 +11,12 @@ use std::{
     str::FromStr,
 };
 
-use pgtypes::{Attempt, Ballot, BranchId, ClusterId, LogId, Lsn, Term, WriterId};
+use consensus::Grant;
+use pgtypes::{Attempt, Ballot, BranchId, ClusterId, LogId, Lsn, Term};
 
 /// First line of each file: format and version.
 const GRANT_HEADER: &str = "lakebase-grant 1";
 const CLEAN_HEADER: &str = "lakebase-clean 1";
-
-/// The term that the operator granted to this writer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Grant {
-    /// The term.
-    pub term: Term,
-    /// To whom.
-    pub writer: WriterId,
-}
 
 /// PGDATA was shut down cleanly, and its WAL ends where the log of that time ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,12 +63,8 @@ impl DataDir {
     pub fn open(root: &Path) -> Result<Self, DataDirError> {
         fs::create_dir_all(root).map_err(DataDirError::io(root))?;
         let path = root.join("lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(DataDirError::io(&path))?;
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(DataDirError::io(&path))?;
         // SAFETY: no pointers.
         if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             let error = io::Error::last_os_error();
@@ -217,6 +205,7 @@ impl Fields {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pgtypes::WriterId;
 
     fn directory(name: &str) -> PathBuf {
         let path = std::env::temp_dir().join(format!("lakebase-data-dir-{name}-{}", std::process::id()));

@@ -233,7 +233,11 @@ impl Framer {
     ///
     /// # Errors
     /// Its history file is missing or wrong, or it does not begin at or behind X.
-    pub fn timeline_entry(&self, timeline: PgTimeline, known: PgTimeline) -> Result<Option<TimelineEntry>, FramerError> {
+    pub fn timeline_entry(
+        &self,
+        timeline: PgTimeline,
+        known: PgTimeline,
+    ) -> Result<Option<TimelineEntry>, FramerError> {
         if timeline <= known {
             return Ok(None);
         }

@@ -344,9 +344,8 @@ pub fn find_user(name: &str) -> io::Result<Option<User>> {
     let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
     let mut found = std::ptr::null_mut();
     // SAFETY: the buffer's length is given; all pointers are valid for the call.
-    let error = unsafe {
-        libc::getpwnam_r(c_name.as_ptr(), &raw mut entry, buffer.as_mut_ptr(), buffer.len(), &raw mut found)
-    };
+    let error =
+        unsafe { libc::getpwnam_r(c_name.as_ptr(), &raw mut entry, buffer.as_mut_ptr(), buffer.len(), &raw mut found) };
     match (error, found.is_null()) {
         (0, true) => Ok(None),
         (0, false) => {
@@ -391,7 +390,11 @@ enum Ended {
 }
 
 fn ended(status: i32) -> Ended {
-    if libc::WIFSIGNALED(status) { Ended::Signaled(libc::WTERMSIG(status)) } else { Ended::Exited(libc::WEXITSTATUS(status)) }
+    if libc::WIFSIGNALED(status) {
+        Ended::Signaled(libc::WTERMSIG(status))
+    } else {
+        Ended::Exited(libc::WEXITSTATUS(status))
+    }
 }
 
 fn wait_for(child: i32) -> io::Result<Ended> {

@@ -30,7 +30,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// What becomes of PostgreSQL, in this order; `Gone` is always the last.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum PostgresEvent {
-    /// The postmaster runs under this process id (of its namespace, if it has one).
+    /// The postmaster runs under this process id.
     Postmaster(i32),
     /// It could not be started.
     Failed(String),
@@ -145,7 +145,7 @@ impl Postgres {
         let mut passed = launch.inherited.clone();
         passed.extend([theirs.as_raw_fd(), alive_write.as_raw_fd()]);
         let mut command = Command::new(&launch.helper);
-        command.args(["compute-init", &spec]).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        command.arg0("lakebase").args(["compute-init", &spec]).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         // SAFETY: the closure only calls fcntl, which is allowed between fork and exec.
         unsafe {
             command.pre_exec(move || {
@@ -231,6 +231,20 @@ impl Processes {
     }
 }
 
+impl Processes {
+    /// The agent's number for the postmaster, which the init calls `pid`.
+    fn outside_pid(&self, pid: i32) -> i32 {
+        if self.isolation == Isolation::ProcessTree {
+            return pid;
+        }
+        // helper, process 1 of the namespace, postmaster: each is the only child at this moment.
+        let found = process_tree::descendants(self.helper as i32);
+        let init = found.iter().find(|process| process.parent == self.helper as i32);
+        let postmaster = init.and_then(|init| found.iter().find(|process| process.parent == init.pid));
+        postmaster.map_or(pid, |process| process.pid)
+    }
+}
+
 fn watch(
     mut control: BufReader<UnixStream>,
     alive: OwnedFd,
@@ -250,7 +264,7 @@ fn watch(
                 Ok(fd) => drop(killer.0.init.set(fd)),
                 Err(error) => tracing::debug!(%error, pid, "PostgreSQL's init has ended already"),
             },
-            ("postmaster", Ok(pid)) => on_event(PostgresEvent::Postmaster(pid)),
+            ("postmaster", Ok(pid)) => on_event(PostgresEvent::Postmaster(killer.0.outside_pid(pid))),
             ("exit", Ok(status)) => on_event(PostgresEvent::Ended(Ended::Exited(status))),
             ("signal", Ok(number)) => on_event(PostgresEvent::Ended(Ended::Signaled(number))),
             ("failed", _) => on_event(PostgresEvent::Failed(rest.to_owned())),

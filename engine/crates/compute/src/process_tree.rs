@@ -9,7 +9,8 @@ pub struct Process {
     pub pid: i32,
     /// Start time in clock ticks since boot: tells it from a later process with the same id.
     pub start_ticks: u64,
-    parent: i32,
+    /// Its parent.
+    pub parent: i32,
 }
 
 /// All processes below `root`, parents before children; `root` itself is not among them. Zombies are left out.

@@ -71,7 +71,9 @@ pub enum PlanError {
         log_timeline: PgTimeline,
     },
     /// The log begins behind it and nothing is known of the records between.
-    #[error("the base backup ends at {base_end}, but the log, which ends at {end_of_log}, holds no record to replay to")]
+    #[error(
+        "the base backup ends at {base_end}, but the log, which ends at {end_of_log}, holds no record to replay to"
+    )]
     NoRecord {
         /// S.
         base_end: Lsn,
@@ -186,10 +188,7 @@ mod tests {
     #[test]
     fn a_base_backup_of_another_history_is_refused() {
         let beyond = plan(&situation(SEGMENT, 2 * SEGMENT + 2000));
-        assert_eq!(
-            Err(PlanError::BeyondLog { base_end: Lsn(2 * SEGMENT + 2000), end_of_log: Lsn(SEGMENT) }),
-            beyond
-        );
+        assert_eq!(Err(PlanError::BeyondLog { base_end: Lsn(2 * SEGMENT + 2000), end_of_log: Lsn(SEGMENT) }), beyond);
         // The log went on with timeline 2 before this backup ended on timeline 1.
         let other = plan(&situation(SEGMENT + 9000, SEGMENT + 6000));
         let base_end = Lsn(SEGMENT + 6000);

@@ -33,16 +33,8 @@ const SKIPPED_FILES: &[&str] = &[
 
 /// Directories that a start fills anew; the same list as `excludeDirContents` in PostgreSQL's basebackup.c, and `pg_wal`,
 /// of which only the segments of the checkpoint are wanted.
-const EMPTIED_DIRECTORIES: &[&str] = &[
-    "pg_dynshmem",
-    "pg_notify",
-    "pg_replslot",
-    "pg_serial",
-    "pg_snapshots",
-    "pg_stat_tmp",
-    "pg_subtrans",
-    "pg_wal",
-];
+const EMPTIED_DIRECTORIES: &[&str] =
+    &["pg_dynshmem", "pg_notify", "pg_replslot", "pg_serial", "pg_snapshots", "pg_stat_tmp", "pg_subtrans", "pg_wal"];
 
 /// PGDATA could not be made. The text names the file.
 #[derive(Debug, thiserror::Error)]

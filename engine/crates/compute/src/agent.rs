@@ -1,0 +1,720 @@
+//! The agent: takes a grant, elects, brings PGDATA to the end of the log, runs PostgreSQL, and ends it when it must.
+//!
+//! Runs on the main thread, step by step; the core (`core.rs`) does everything that has to be quick. While a step takes long
+//! (restoring), a fence or a stop reaches it through `Shared::interrupted`.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::SeqCst},
+        mpsc::{Receiver, Sender, sync_channel},
+    },
+    time::{Duration, Instant},
+};
+
+use consensus::{Configuration, Grant, Member};
+use pgtypes::{Ballot, DiskId, Generation, Incarnation, Lsn, PgTimeline, WriterId};
+use vfs_abi::Written;
+
+use crate::{
+    area::SharedArea,
+    base::{self, Base},
+    config::Config,
+    core::{Core, CoreEnded},
+    data_dir::{CleanMark, DataDir, DataDirError},
+    framer::FramerError,
+    isolation::{Isolation, User},
+    metrics::Metrics,
+    postgres::{Ended, Launch, LogTarget, Postgres, PostgresEvent, postmaster_status},
+    recovery::{BasePosition, Plan, PlanError, Situation, plan},
+    restore::{self, RestoreError},
+    routes::{GrantRefused, Request},
+    session::{Attachment, CoreCommand, CoreEvent, ElectedEvent, KillSlot},
+    settings::{self, ConninfoTls, Replay, Start},
+    status::{State, Status},
+};
+
+/// How often a starting PostgreSQL is asked whether it is ready.
+const READY_INTERVAL: Duration = Duration::from_millis(5);
+/// How long an end without a checkpoint may take before PostgreSQL is killed.
+const IMMEDIATE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the last WAL of a cleanly ended PostgreSQL may take to be committed: it waited for that itself already.
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
+/// A PostgreSQL that ran for this long had a good start: the next end of it is answered at once.
+const GOOD_RUN: Duration = Duration::from_secs(30);
+/// Longest pause before another attempt.
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// First pause, after a PostgreSQL that did not run for long.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+
+/// Everything that reaches the agent.
+pub enum Event {
+    /// From the admin port.
+    Request(Request),
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// From the core, with its session.
+    Core(u64, CoreEvent),
+    /// From PostgreSQL, with its run.
+    Postgres(u64, PostgresEvent),
+}
+
+/// What other threads may do to the agent while it is busy.
+#[derive(Clone)]
+pub struct Mailbox {
+    events: Sender<Event>,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Mailbox {
+    /// A mailbox and its other end. Unbounded: admin connections are bounded, and a session or run has a handful of events.
+    pub fn new() -> (Self, Receiver<Event>) {
+        let (events, received) = std::sync::mpsc::channel();
+        (Self { events, interrupted: Arc::default() }, received)
+    }
+
+    /// Hands an event over.
+    pub fn post(&self, event: Event) {
+        let interrupts =
+            matches!(event, Event::Signal | Event::Request(Request::Stop) | Event::Core(_, CoreEvent::Fenced { .. }));
+        if interrupts {
+            self.interrupted.store(true, SeqCst);
+        }
+        // The agent has ended: nobody is left to care.
+        let _unheard = self.events.send(event);
+    }
+}
+
+/// Why the agent ends with an error.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Its directory is unusable.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// A thread of it ended.
+    #[error(transparent)]
+    Core(#[from] CoreEnded),
+}
+
+/// Why an attempt was not finished.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error("start PostgreSQL: {0}")]
+    Launch(#[from] std::io::Error),
+}
+
+impl From<DataDirError> for AttemptError {
+    fn from(error: DataDirError) -> Self {
+        AttemptError::Agent(error.into())
+    }
+}
+
+impl From<CoreEnded> for AttemptError {
+    fn from(error: CoreEnded) -> Self {
+        AttemptError::Agent(error.into())
+    }
+}
+
+/// How an attempt ended.
+enum Outcome {
+    /// The agent was told to stop, and PostgreSQL is gone.
+    Stop,
+    /// The log belongs to another writer.
+    Fenced,
+    /// PostgreSQL ended, or did not start: try again with the next attempt.
+    Again(String),
+    /// A higher term was granted to this writer.
+    Regranted,
+    /// A person must act.
+    Failed(String),
+}
+
+/// What does not change while the agent runs.
+pub struct Settings {
+    /// The configuration.
+    pub config: Config,
+    /// Its base backup.
+    pub base: Base,
+    /// Our own binary.
+    pub helper: PathBuf,
+    /// How PostgreSQL's processes are held together.
+    pub isolation: Isolation,
+    /// Whom PostgreSQL runs as, when not as the agent.
+    pub user: Option<User>,
+}
+
+/// The agent.
+pub struct Agent {
+    settings: Settings,
+    data_dir: DataDir,
+    core: Core,
+    mailbox: Mailbox,
+    events: Receiver<Event>,
+    status: Status,
+    metrics: Metrics,
+    grant: Option<Grant>,
+    /// The term in which this writer was fenced last.
+    fenced_term: Option<u64>,
+    stop_wishes: u32,
+    sessions: u64,
+    runs: u64,
+}
+
+impl Agent {
+    /// An agent that remembers what its directory says.
+    ///
+    /// # Errors
+    /// The directory holds a damaged grant.
+    pub fn new(
+        settings: Settings,
+        data_dir: DataDir,
+        core: Core,
+        (mailbox, events): (Mailbox, Receiver<Event>),
+        status: Status,
+        metrics: Metrics,
+    ) -> Result<Self, AgentError> {
+        let kept = data_dir.read_grant()?;
+        // Of an earlier identity of this directory: worth nothing, and no reason to fail.
+        let grant = kept.filter(|grant| grant.writer == settings.config.writer);
+        Ok(Self {
+            settings,
+            data_dir,
+            core,
+            mailbox,
+            events,
+            status,
+            metrics,
+            grant,
+            fenced_term: None,
+            stop_wishes: 0,
+            sessions: 0,
+            runs: 0,
+        })
+    }
+
+    /// Runs until it is told to stop.
+    ///
+    /// # Errors
+    /// Its directory is unusable, or a thread ended.
+    pub fn run(mut self) -> Result<(), AgentError> {
+        let mut idle = State::WaitingForGrant;
+        loop {
+            let grant = match self.grant {
+                Some(grant) if idle == State::WaitingForGrant => grant,
+                _ => match self.wait_for_grant(idle)? {
+                    Some(grant) => grant,
+                    None => return Ok(()),
+                },
+            };
+            idle = match self.reign(grant)? {
+                Outcome::Stop => return Ok(()),
+                Outcome::Regranted | Outcome::Again(_) => State::WaitingForGrant,
+                Outcome::Fenced => {
+                    self.fenced_term = Some(grant.term.0);
+                    match self.grant {
+                        // Granted while the earlier term was being lost.
+                        Some(later) if later.term > grant.term => State::WaitingForGrant,
+                        _ => State::Fenced,
+                    }
+                }
+                Outcome::Failed(message) => {
+                    tracing::error!("{message}");
+                    self.status.facts().last_error = Some(message);
+                    State::Failed
+                }
+            };
+        }
+    }
+
+    /// Waits in `state` until there is something to do; `None` to stop.
+    fn wait_for_grant(&mut self, state: State) -> Result<Option<Grant>, AgentError> {
+        self.core.send(CoreCommand::End)?;
+        self.status.set_state(state);
+        loop {
+            if self.stop_wishes > 0 {
+                return Ok(None);
+            }
+            match self.next_event(None) {
+                Some(Event::Request(Request::Grant { grant, reply })) => {
+                    let answer = self.take_grant(grant);
+                    let taken = answer.is_ok();
+                    let _unheard = reply.send(answer);
+                    if taken {
+                        return Ok(Some(grant));
+                    }
+                }
+                Some(event) => self.handle_late(event),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Attempt after attempt, until the term is over.
+    fn reign(&mut self, grant: Grant) -> Result<Outcome, AgentError> {
+        let mut backoff = Duration::ZERO;
+        loop {
+            let started = Instant::now();
+            let outcome = match self.attempt(grant) {
+                Ok(outcome) => outcome,
+                Err(AttemptError::Agent(error)) => return Err(error),
+                Err(AttemptError::Plan(error)) => Outcome::Failed(error.to_string()),
+                Err(AttemptError::Restore(RestoreError::Interrupted)) => self.interrupted_outcome(),
+                Err(error) => Outcome::Again(error.to_string()),
+            };
+            let Outcome::Again(reason) = outcome else { return Ok(outcome) };
+            tracing::warn!("{reason}: recovering from the safekeepers");
+            self.status.facts().last_error = Some(reason);
+            backoff = match started.elapsed() > GOOD_RUN {
+                true => Duration::ZERO,
+                false => (backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX),
+            };
+            let until = Instant::now() + backoff;
+            while self.stop_wishes == 0 {
+                let left = until.saturating_duration_since(Instant::now());
+                match self.next_event(Some(left)) {
+                    Some(event) => self.handle_late(event),
+                    None => break,
+                }
+            }
+            if self.stop_wishes > 0 {
+                return Ok(Outcome::Stop);
+            }
+        }
+    }
+
+    /// One election and, if it is won, one run of PostgreSQL.
+    fn attempt(&mut self, grant: Grant) -> Result<Outcome, AttemptError> {
+        {
+            let mut facts = self.status.facts();
+            facts.ballot = Some(Ballot { term: grant.term, ..Ballot::default() });
+            facts.end_of_log = None;
+            facts.postgres_pid = None;
+            facts.recovery = None;
+        }
+        self.status.set_state(State::Electing);
+        self.sessions += 1;
+        self.mailbox.interrupted.store(self.stop_wishes > 0, SeqCst);
+        let incarnation = Incarnation(random()?);
+        self.metrics.elections.inc();
+        self.core.send(CoreCommand::Elect {
+            session: self.sessions,
+            grant,
+            incarnation,
+            configuration: self.configured_members(),
+        })?;
+        let elected = match self.wait_for_election(grant)? {
+            Ok(elected) => elected,
+            Err(outcome) => return Ok(outcome),
+        };
+        tracing::info!(ballot = %elected.ballot, end_of_log = %elected.end_of_log.record_end, "elected");
+        self.status.facts().ballot = Some(elected.ballot);
+        self.status.facts().end_of_log = Some(elected.end_of_log.record_end);
+        self.status.set_state(State::Recovering);
+        self.recover_and_run(&elected)
+    }
+
+    fn wait_for_election(&mut self, grant: Grant) -> Result<Result<Box<ElectedEvent>, Outcome>, AgentError> {
+        loop {
+            if self.stop_wishes > 0 {
+                return Ok(Err(Outcome::Stop));
+            }
+            if self.grant.is_some_and(|later| later.term > grant.term) {
+                return Ok(Err(Outcome::Regranted));
+            }
+            match self.next_event(None) {
+                Some(Event::Core(session, CoreEvent::Elected(elected))) if session == self.sessions => {
+                    return Ok(Ok(elected));
+                }
+                Some(Event::Core(session, CoreEvent::Fenced { ballot, writer })) if session == self.sessions => {
+                    self.note_fenced(ballot, writer);
+                    return Ok(Err(Outcome::Fenced));
+                }
+                Some(event) => self.handle_late(event),
+                // Every sender is gone: the process is ending.
+                None => return Ok(Err(Outcome::Stop)),
+            }
+        }
+    }
+
+    /// Why the restore was interrupted: by a wish to stop, or by the fence.
+    fn interrupted_outcome(&mut self) -> Outcome {
+        while let Some(event) = self.next_event(Some(Duration::ZERO)) {
+            match event {
+                Event::Core(_, CoreEvent::Fenced { ballot, writer }) => self.note_fenced(ballot, writer),
+                event => self.handle_late(event),
+            }
+        }
+        if self.stop_wishes > 0 { Outcome::Stop } else { Outcome::Fenced }
+    }
+
+    fn recover_and_run(&mut self, elected: &ElectedEvent) -> Result<Outcome, AttemptError> {
+        let pgdata = self.data_dir.pgdata();
+        let mark = self.data_dir.read_clean()?;
+        let local_end = mark.and_then(|_| base::inspect(&pgdata).ok()).map(|local| local.end.record_end);
+        let timelines: Vec<(PgTimeline, Lsn)> =
+            elected.timelines.0.iter().map(|entry| (entry.timeline, entry.start_lsn)).collect();
+        let base = &self.settings.base;
+        let plan = plan(&Situation {
+            log: self.settings.config.log_id(),
+            end_of_log: elected.end_of_log,
+            timelines: &timelines,
+            base: BasePosition { end: base.end.record_end, segment_start: base.start_lsn, timeline: base.timeline() },
+            mark,
+            local_end,
+        })?;
+        tracing::info!(?plan, "recovery");
+        // Before anything changes PGDATA: from here on only a clean stop makes it trustworthy again.
+        self.data_dir.remove_clean()?;
+        let user = self.settings.user.as_ref();
+        if plan != Plan::Reuse {
+            restore::restore(&self.settings.config.base_backup, base, &pgdata, user, &self.mailbox.interrupted)?;
+        }
+        if let Plan::Replay { .. } = plan {
+            restore::prepare_replay(&pgdata, &elected.timelines, user)?;
+        }
+        self.status.facts().recovery = Some(match plan {
+            Plan::Reuse => "reuse",
+            Plan::StartFromBase => "base_backup",
+            Plan::Replay { .. } => "replay",
+        });
+        self.run_postgres(elected, plan)
+    }
+
+    fn run_postgres(&mut self, elected: &ElectedEvent, plan: Plan) -> Result<Outcome, AttemptError> {
+        let config = &self.settings.config;
+        let base = &self.settings.base;
+        let pgdata = self.data_dir.pgdata();
+        let lease_wait_ms = u32::try_from(config.lease_wait_timeout.as_millis()).unwrap_or(u32::MAX);
+        let area = SharedArea::create(base.segment_bytes(), lease_wait_ms)?;
+        *self.metrics.area.lock().unwrap_or_else(PoisonError::into_inner) = Some(area.clone());
+        let killer: KillSlot = Arc::new(Mutex::new(None));
+        let base_end = base.end.record_end;
+        // The base backup's own WAL behind X is the log's continuation.
+        let continues = plan == Plan::StartFromBase && base_end > elected.end_of_log.record_end;
+        let written_before = continues.then_some(Written {
+            sequence: 0,
+            written_lsn: base_end.0,
+            final_lsn: base_end.0,
+            timeline: base.timeline().0,
+        });
+        let launch = self.launch(elected, plan, &area)?;
+        self.core.send(CoreCommand::Attach(Attachment {
+            area,
+            pgdata: pgdata.clone(),
+            segment_bytes: base.segment_bytes(),
+            system_id: base.control.system_id,
+            written_before,
+            killer: killer.clone(),
+        }))?;
+        self.runs += 1;
+        let run = self.runs;
+        let mailbox = self.mailbox.clone();
+        let postgres = Postgres::launch(&launch, move |event| mailbox.post(Event::Postgres(run, event)))?;
+        *killer.lock().unwrap_or_else(PoisonError::into_inner) = Some(postgres.killer());
+        self.metrics.postgres_starts.inc();
+        let ended = self.supervise(&postgres, &pgdata);
+        *killer.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        postgres.reap()?;
+        self.status.facts().postgres_pid = None;
+        if ended.how == Some(Ended::Exited(0)) && !ended.fenced && ended.broken.is_none() {
+            self.mark_clean(elected.ballot)?;
+        }
+        Ok(ended.outcome(self.stop_wishes > 0))
+    }
+
+    fn launch(&self, elected: &ElectedEvent, plan: Plan, area: &SharedArea) -> Result<Launch, AttemptError> {
+        let config = &self.settings.config;
+        let user = self.settings.user.as_ref();
+        let pgdata = self.data_dir.pgdata();
+        let socket_dir = config.socket_dir();
+        restore::make_directory_for(&socket_dir, 0o755, user)?;
+        let ballot = elected.ballot;
+        let trust = format!("{}/{}/{}/{}", config.cluster, ballot.term.0, ballot.attempt.0, Incarnation(random()?));
+        restore::write_for(&pgdata.join(vfs_abi::TRUST_FILE), format!("{trust}\n").as_bytes(), user)?;
+
+        let conninfo = self.primary_conninfo(elected)?;
+        let last_record = match plan {
+            Plan::Replay { last_record } => Some(last_record.to_string()),
+            Plan::Reuse | Plan::StartFromBase => None,
+        };
+        let start = Start {
+            listen_addresses: &config.postgres.listen_addresses,
+            port: config.postgres.port,
+            socket_dir: &socket_dir.to_string_lossy(),
+            replay: last_record.as_deref().map(|last_record| Replay { primary_conninfo: &conninfo, last_record }),
+        };
+        let inherited = area.inherited();
+        let preload = match std::env::var("LD_PRELOAD") {
+            Ok(others) if !others.is_empty() => format!("{}:{others}", config.postgres.vfs_library.display()),
+            _ => config.postgres.vfs_library.display().to_string(),
+        };
+        let mut environment = vec![
+            ("LD_PRELOAD".to_owned(), preload),
+            (vfs_abi::ENV_PGDATA.to_owned(), pgdata.display().to_string()),
+            (vfs_abi::ENV_TRUST.to_owned(), trust),
+        ];
+        environment.extend(inherited.iter().map(|(name, fd)| ((*name).to_owned(), fd.to_string())));
+        Ok(Launch {
+            helper: self.settings.helper.clone(),
+            isolation: self.settings.isolation,
+            user: self.settings.user.clone(),
+            program: config.postgres.bin_dir.join("postgres"),
+            pgdata,
+            arguments: settings::arguments(&config.postgres.parameters, &start),
+            environment,
+            inherited: inherited.iter().map(|(_, fd)| *fd).collect(),
+            log: LogTarget::new(config.postgres.log, self.data_dir.postgres_log()),
+        })
+    }
+
+    /// Connection string to the safekeepers, those first that are known to hold the whole log.
+    fn primary_conninfo(&self, elected: &ElectedEvent) -> Result<String, AttemptError> {
+        let config = &self.settings.config;
+        let (holders, others): (Vec<_>, Vec<_>) =
+            config.safekeepers.iter().partition(|safekeeper| elected.holders.contains(&safekeeper.member));
+        let hosts: Vec<(&str, u16)> = holders
+            .into_iter()
+            .chain(others)
+            .map(|safekeeper| (safekeeper.replication.host.as_str(), safekeeper.replication.port))
+            .collect();
+        let writer = config.writer.to_string();
+        let Some((ca, certificate, key)) =
+            config.tls.files().filter(|_| config.tls.mode == crate::config::TlsMode::Required)
+        else {
+            return Ok(settings::primary_conninfo(&hosts, &writer, None));
+        };
+        // PostgreSQL's user may not read the agent's key, and libpq wants it to be that user's own.
+        let user = self.settings.user.as_ref();
+        let directory = self.data_dir.postgres_tls();
+        restore::make_directory_for(&directory, 0o700, user)?;
+        let mut copies = Vec::new();
+        for (name, source) in [("ca.pem", ca), ("certificate.pem", certificate), ("key.pem", key)] {
+            let contents = std::fs::read(source)
+                .map_err(|source_error| RestoreError::Io { path: source.to_owned(), source: source_error })?;
+            let copy = directory.join(name);
+            restore::write_for(&copy, &contents, user)?;
+            copies.push(copy.display().to_string());
+        }
+        let tls = ConninfoTls { ca: &copies[0], certificate: &copies[1], key: &copies[2] };
+        Ok(settings::primary_conninfo(&hosts, &writer, Some(tls)))
+    }
+
+    /// Watches a running PostgreSQL until all its processes are gone.
+    fn supervise(&mut self, postgres: &Postgres, pgdata: &std::path::Path) -> RunEnd {
+        let mut end = RunEnd::default();
+        let mut ready = false;
+        let mut stopping = false;
+        let mut hurry = Hurry::default();
+        loop {
+            if self.stop_wishes > 0 && !stopping {
+                stopping = true;
+                self.status.set_state(State::Stopping);
+                hurry.at = Some(Instant::now() + self.settings.config.postgres.stop_timeout);
+                postgres.stop();
+            }
+            if stopping {
+                hurry.up(postgres, self.stop_wishes);
+            }
+            let wait = match (ready || end.how.is_some(), hurry.at) {
+                (false, _) => Some(READY_INTERVAL),
+                (true, Some(at)) => Some(at.saturating_duration_since(Instant::now())),
+                (true, None) => None,
+            };
+            let Some(event) = self.next_event(wait) else {
+                if !ready && postmaster_status(pgdata).as_deref() == Some("ready") {
+                    ready = true;
+                    if !stopping && !end.fenced && end.how.is_none() {
+                        self.status.facts().last_error = None;
+                        self.status.set_state(State::Running);
+                    }
+                }
+                continue;
+            };
+            match event {
+                Event::Postgres(run, event) if run == self.runs => match event {
+                    PostgresEvent::Postmaster(pid) => self.status.facts().postgres_pid = Some(pid),
+                    PostgresEvent::Failed(reason) => end.failed = Some(reason),
+                    PostgresEvent::Ended(how) => {
+                        end.how = Some(how);
+                        self.status.facts().postgres_pid = None;
+                        if !stopping && !end.fenced {
+                            self.status.set_state(State::Recovering);
+                        }
+                    }
+                    PostgresEvent::Gone => return end,
+                },
+                Event::Core(session, CoreEvent::Fenced { ballot, writer }) if session == self.sessions => {
+                    self.note_fenced(ballot, writer);
+                    end.fenced = true;
+                    self.status.set_state(State::Fenced);
+                    postgres.killer().kill();
+                }
+                Event::Core(session, CoreEvent::Broken(error)) if session == self.sessions => {
+                    if let FramerError::Unsupported { .. } = &error {
+                        self.status.facts().unsupported_record = Some(error.to_string());
+                    }
+                    end.broken = Some(error.to_string());
+                    postgres.killer().kill();
+                }
+                event => self.handle_late(event),
+            }
+        }
+    }
+
+    fn note_fenced(&self, ballot: Ballot, writer: WriterId) {
+        self.status.facts().last_error = Some(format!("fenced: term {} belongs to writer {writer}", ballot.term.0));
+    }
+
+    /// Marks PGDATA as reusable if it ends exactly where the committed log does.
+    fn mark_clean(&mut self, ballot: Ballot) -> Result<(), AgentError> {
+        let (reply, answer) = sync_channel(1);
+        self.core.send(CoreCommand::Finish { limit: FINISH_LIMIT, reply })?;
+        let committed = answer.recv().map_err(|_| CoreEnded)?;
+        let pgdata = self.data_dir.pgdata();
+        match (base::inspect(&pgdata), committed) {
+            (Ok(local), Some(end)) if local.end.record_end == end => {
+                let log = self.settings.config.log_id();
+                self.data_dir.write_clean(CleanMark { log, ballot, end })?;
+                tracing::info!(%end, "PostgreSQL was shut down cleanly; its data can be used again");
+            }
+            (Ok(local), committed) => {
+                let end = local.end.record_end;
+                tracing::info!(%end, ?committed, "the shutdown checkpoint is not the committed end of the log");
+            }
+            // A server stopped while it replayed is in another state: it starts from the base backup again.
+            (Err(error), _) => tracing::info!(%error, "PostgreSQL's data cannot be used again"),
+        }
+        Ok(())
+    }
+
+    /// The next event, `None` when `wait` has passed.
+    fn next_event(&mut self, wait: Option<Duration>) -> Option<Event> {
+        let event = match wait {
+            None => self.events.recv().ok(),
+            Some(wait) => self.events.recv_timeout(wait).ok(),
+        };
+        match event {
+            Some(Event::Signal | Event::Request(Request::Stop)) => {
+                self.stop_wishes += 1;
+                event
+            }
+            event => event,
+        }
+    }
+
+    /// An event that the present step does not wait for.
+    fn handle_late(&mut self, event: Event) {
+        if let Event::Request(Request::Grant { grant, reply }) = event {
+            let answer = self.take_grant(grant);
+            let _unheard = reply.send(answer);
+        }
+    }
+
+    fn take_grant(&mut self, grant: Grant) -> Result<(), GrantRefused> {
+        let own = self.settings.config.writer;
+        let granted = grant.term.0;
+        if grant.writer != own {
+            return Err(GrantRefused::OtherWriter { granted: grant.writer.to_string(), own: own.to_string() });
+        }
+        if self.stop_wishes > 0 {
+            return Err(GrantRefused::Stopping);
+        }
+        if self.fenced_term.is_some_and(|term| granted <= term) {
+            return Err(GrantRefused::Fenced { granted });
+        }
+        match self.grant {
+            Some(known) if granted < known.term.0 => {
+                return Err(GrantRefused::StaleTerm { granted, known: known.term.0 });
+            }
+            Some(known) if known == grant => {}
+            _ => {
+                self.data_dir.write_grant(grant).map_err(|error| GrantRefused::NotKept(error.to_string()))?;
+                tracing::info!(term = granted, "granted");
+                self.grant = Some(grant);
+            }
+        }
+        Ok(())
+    }
+
+    /// The safekeepers of the configuration file, as a configuration older than any: the acceptors know better.
+    fn configured_members(&self) -> Configuration {
+        let members = self.settings.config.safekeepers.iter().map(|safekeeper| Member {
+            member: safekeeper.member,
+            disk: DiskId::default(),
+            address: safekeeper.append.to_string(),
+        });
+        Configuration { generation: Generation(0), members: members.collect(), new_members: None }
+    }
+}
+
+/// A stop that takes too long: first without a checkpoint, then by force.
+#[derive(Default)]
+struct Hurry {
+    /// When the next step is due.
+    at: Option<Instant>,
+    steps: u32,
+}
+
+impl Hurry {
+    /// Takes the next step when its time has come, or when the agent was told to stop once more.
+    fn up(&mut self, postgres: &Postgres, stop_wishes: u32) {
+        let due = self.at.is_some_and(|at| at <= Instant::now());
+        if !due && stop_wishes <= self.steps + 1 {
+            return;
+        }
+        self.steps += 1;
+        match self.steps {
+            1 => {
+                tracing::warn!("PostgreSQL is ended without a shutdown checkpoint");
+                postgres.stop_immediately();
+                self.at = Some(Instant::now() + IMMEDIATE_LIMIT);
+            }
+            2 => {
+                tracing::warn!("PostgreSQL is killed");
+                postgres.killer().kill();
+                self.at = None;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// How a run of PostgreSQL ended.
+#[derive(Default)]
+struct RunEnd {
+    how: Option<Ended>,
+    failed: Option<String>,
+    broken: Option<String>,
+    fenced: bool,
+}
+
+impl RunEnd {
+    fn outcome(self, stopping: bool) -> Outcome {
+        if self.fenced {
+            Outcome::Fenced
+        } else if stopping {
+            Outcome::Stop
+        } else if let Some(reason) = self.broken.or(self.failed) {
+            Outcome::Again(reason)
+        } else {
+            Outcome::Again(match self.how {
+                Some(Ended::Exited(status)) => format!("PostgreSQL ended with status {status}"),
+                Some(Ended::Signaled(signal)) => format!("PostgreSQL was ended by signal {signal}"),
+                None => "PostgreSQL is gone".to_owned(),
+            })
+        }
+    }
+}
+
+fn random() -> std::io::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
+    Ok(bytes)
+}
