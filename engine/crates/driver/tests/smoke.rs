@@ -1,4 +1,5 @@
 //! What the shells rely on holds with io_uring, with polling, and where the kernel forbids io_uring.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     io::{self, Write},

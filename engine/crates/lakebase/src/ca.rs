@@ -1,0 +1,48 @@
+//! `lakebase ca`: the development certificate authority.
+
+use std::path::PathBuf;
+
+use identity::Role;
+use pgtypes::ClusterId;
+
+use crate::CommandResult;
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Command {
+    /// Create an authority for one lakebase: DIR/ca.pem and DIR/ca.key
+    Init {
+        /// Directory, created when absent
+        dir: PathBuf,
+        /// UUID of the lakebase
+        #[arg(long, value_name = "UUID")]
+        cluster: ClusterId,
+    },
+    /// Issue a certificate: DIR/NAME.pem and DIR/NAME.key
+    Issue {
+        /// Directory of the authority
+        dir: PathBuf,
+        /// operator, safekeeper, compute, pageserver, follower or client: what its bearer may call
+        #[arg(long)]
+        role: Role,
+        /// Who it is for
+        #[arg(long)]
+        name: String,
+        /// DNS name or IP address that it is reached by, for servers; may be repeated
+        #[arg(long = "host", value_name = "HOST", num_args = 1..)]
+        hosts: Vec<String>,
+    },
+}
+
+pub(crate) fn run(command: &Command) -> CommandResult {
+    match command {
+        Command::Init { dir, cluster } => {
+            identity::ca::init(dir, *cluster)?;
+            println!("{}", dir.join("ca.pem").display());
+        }
+        Command::Issue { dir, role, name, hosts } => {
+            let files = identity::ca::issue(dir, *role, name, hosts)?;
+            println!("{}", files.certificate.display());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! `lakebase compute`.
+
+use std::path::PathBuf;
+
+use crate::{CommandResult, start_log};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Configuration file (compute.toml)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Read and check the configuration, then end
+    #[arg(long)]
+    check: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> CommandResult {
+    let config = compute::Config::load(&arguments.config)?;
+    if arguments.check {
+        return Ok(());
+    }
+    start_log(config.log_format == compute::LogFormat::Json)?;
+    Ok(compute::run_config(config)?)
+}

@@ -1,0 +1,26 @@
+//! `lakebase safekeeper`.
+
+use std::path::PathBuf;
+
+use safekeeper::config::{Config, LogFormat};
+
+use crate::{CommandResult, start_log};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Configuration file (safekeeper.toml)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Read and check the configuration, then end
+    #[arg(long)]
+    check: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> CommandResult {
+    let config = Config::load(&arguments.config)?;
+    if arguments.check {
+        return Ok(());
+    }
+    start_log(config.log_format == LogFormat::Json)?;
+    Ok(safekeeper::run(config)?)
+}

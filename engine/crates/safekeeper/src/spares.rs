@@ -1,0 +1,340 @@
+//! Pre-zeroed segments, ready for any log of the process, and the headroom of the disk.
+//!
+//! A keeper task fills files with zeros in the background and looks at the free space; cores take files by renaming
+//! them. Writes into a segment then change no metadata, so that a flush costs one disk write.
+
+use std::{
+    collections::VecDeque,
+    ffi::CString,
+    io,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use driver::{EventFd, File, OpenOptions, oneshot};
+use logstore::{SEGMENT_FILE_BYTES, parse_segment_file_name, segment_file_name};
+use pgtypes::Lsn;
+
+use crate::{metrics::Metrics, notices::Notices};
+
+/// How often the free space is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why no segment can be had.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    /// Another segment would take the headroom. Try again when space was announced.
+    #[error("the disk keeps its headroom")]
+    DiskFull,
+    /// The file system failed.
+    #[error("take a spare segment: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The spare segments of the process.
+pub struct Spares {
+    directory: PathBuf,
+    direct: bool,
+    target: usize,
+    headroom: u64,
+    state: Mutex<State>,
+    /// Rung when a spare is wanted.
+    wanted: EventFd,
+    full: AtomicBool,
+    metrics: Metrics,
+}
+
+#[derive(Default)]
+struct State {
+    ready: Vec<Spare>,
+    /// Cores that wait for a segment; one entry for each log at most.
+    waiting: VecDeque<oneshot::Sender<Result<Spare, TakeError>>>,
+    /// Number in the name of the next file.
+    next: u64,
+}
+
+/// A file that can become a segment.
+#[derive(Debug)]
+struct Spare {
+    path: PathBuf,
+    /// `None`: all zeros. Else the start of the segment that it was: its pages carry their addresses, so they are garbage
+    /// under any other start, and could pass for WAL under the same one.
+    was: Option<Lsn>,
+}
+
+impl Spare {
+    /// `spare-NUMBER` or `spare-NUMBER-START`, of the right size.
+    fn parse(entry: &std::fs::DirEntry) -> io::Result<Option<(u64, Spare)>> {
+        let name = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix("spare-")) else { return Ok(None) };
+        let (number, was) = match rest.split_once('-') {
+            None => (rest, Some(None)),
+            Some((number, start)) => (number, parse_segment_file_name(start).map(Some)),
+        };
+        match (number.parse(), was) {
+            (Ok(number), Some(was)) if entry.metadata()?.len() == SEGMENT_FILE_BYTES => {
+                Ok(Some((number, Spare { path: entry.path(), was })))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Spares {
+    /// Takes stock of `directory`; unfinished files are removed. Blocks: used at start.
+    ///
+    /// # Errors
+    /// The directory cannot be read or cleaned.
+    pub fn open(
+        directory: PathBuf,
+        direct: bool,
+        target: usize,
+        headroom: u64,
+        metrics: Metrics,
+    ) -> io::Result<Arc<Self>> {
+        let mut state = State::default();
+        for entry in std::fs::read_dir(&directory)? {
+            let entry = entry?;
+            match Spare::parse(&entry)? {
+                Some((number, spare)) => {
+                    state.next = state.next.max(number + 1);
+                    state.ready.push(spare);
+                }
+                None => std::fs::remove_file(entry.path())?,
+            }
+        }
+        metrics.spare_segments.set(state.ready.len() as i64);
+        Ok(Arc::new(Self {
+            directory,
+            direct,
+            target,
+            headroom,
+            state: Mutex::new(state),
+            wanted: EventFd::new()?,
+            full: AtomicBool::new(false),
+            metrics,
+        }))
+    }
+
+    /// Whether new segments are refused.
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Acquire)
+    }
+
+    /// Moves a spare segment to `destination`, durably, to become the segment at `start`.
+    ///
+    /// # Errors
+    /// [`TakeError`]; there is no file at `destination` then, or an unused one.
+    pub async fn take(&self, destination: &Path, start: Lsn) -> Result<(), TakeError> {
+        let next = {
+            let mut state = self.lock();
+            let fitting = state.ready.iter().rposition(|spare| spare.was != Some(start));
+            match fitting.map(|index| state.ready.swap_remove(index)) {
+                Some(spare) => Ok(spare),
+                None if self.is_full() => return Err(TakeError::DiskFull),
+                None => {
+                    let (sender, receiver) = oneshot::channel();
+                    state.waiting.push_back(sender);
+                    Err(receiver)
+                }
+            }
+        };
+        self.wanted.ring();
+        let Spare { path, .. } = match next {
+            Ok(spare) => spare,
+            // The keeper ends with the process only.
+            Err(receiver) => receiver.await.unwrap_or_else(|_| Err(io::Error::other("stopping").into()))?,
+        };
+        self.metrics.spare_segments.set(self.lock().ready.len() as i64);
+        let destination = destination.to_owned();
+        let source_directory = self.directory.clone();
+        let moved = driver::unblock(move || {
+            std::fs::rename(&path, &destination)?;
+            sync(destination.parent().unwrap_or(Path::new("/")))?;
+            // Else a crash could leave the file under both names, and two logs would write into it.
+            sync(&source_directory)
+        });
+        Ok(moved.await?)
+    }
+
+    /// Takes the segment at `path`, which starts at `start`, out of use: as a spare when one is wanted and it was written to
+    /// its end (`complete`), else it is removed. Durable on return.
+    ///
+    /// # Errors
+    /// The file system failed; the segment may still be there.
+    pub async fn give(&self, path: PathBuf, start: Lsn, complete: bool) -> io::Result<()> {
+        let spare = {
+            let mut state = self.lock();
+            (complete && state.ready.len() < self.target).then(|| {
+                state.next += 1;
+                let name = format!("spare-{}-{}", state.next - 1, segment_file_name(start));
+                Spare { path: self.directory.join(name), was: Some(start) }
+            })
+        };
+        let to = spare.as_ref().map(|spare| spare.path.clone());
+        driver::unblock(move || {
+            match to {
+                Some(to) => {
+                    std::fs::rename(&path, &to)?;
+                    sync(to.parent().unwrap_or(Path::new("/")))?;
+                }
+                None => std::fs::remove_file(&path)?,
+            }
+            sync(path.parent().unwrap_or(Path::new("/")))
+        })
+        .await?;
+        if let Some(spare) = spare {
+            self.add(spare);
+        }
+        self.wanted.ring();
+        Ok(())
+    }
+
+    /// Keeps spares ready until the process ends. One task of the process runs it.
+    ///
+    /// # Errors
+    /// The driver refuses the event counter.
+    pub async fn keep(self: Arc<Self>, notices: Arc<Notices>) -> io::Result<()> {
+        const FULL: &str = "disk full";
+        const FAILED: &str = "spare segment";
+        let waiter = self.wanted.waiter()?;
+        loop {
+            let free = match self.free_bytes().await {
+                Ok(free) => free,
+                Err(error) => {
+                    if notices.is_new(FAILED, driver::now()) {
+                        tracing::error!(%error, "cannot ask for the free space of the data disk");
+                    }
+                    driver::sleep(LOOK_INTERVAL).await;
+                    continue;
+                }
+            };
+            self.metrics.disk_free_bytes.set(free);
+            let room = free >= self.headroom.saturating_add(SEGMENT_FILE_BYTES);
+            if room != !self.is_full() {
+                self.set_full(!room);
+                if room {
+                    notices.solved(FULL);
+                    tracing::info!(free_bytes = free, "space has returned: appends resume");
+                }
+            }
+            if !room && notices.is_new(FULL, driver::now()) {
+                tracing::error!(
+                    free_bytes = free,
+                    headroom_bytes = self.headroom,
+                    "data disk is full: appends that need a new segment are refused until space returns"
+                );
+            }
+            let missing = {
+                let state = self.lock();
+                // Whoever waits found none that fits: those that are ready do not count for them.
+                !state.waiting.is_empty() || self.target > state.ready.len()
+            };
+            if room && missing {
+                match self.create().await {
+                    Ok(path) => {
+                        notices.solved(FAILED);
+                        self.add(Spare { path, was: None });
+                        continue;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::StorageFull => self.set_full(true),
+                    Err(error) => {
+                        if notices.is_new(FAILED, driver::now()) {
+                            tracing::error!(%error, "cannot create a spare segment");
+                        }
+                        let waiting = std::mem::take(&mut self.lock().waiting);
+                        for sender in waiting {
+                            // A receiver that is gone no longer wants it.
+                            let _ = sender.send(Err(io::Error::new(error.kind(), error.to_string()).into()));
+                        }
+                    }
+                }
+            }
+            // The interval passes with every disk, so that a disk that fills up by others is noticed.
+            if let Some(Err(error)) = driver::timeout(LOOK_INTERVAL, waiter.wait()).await {
+                return Err(error);
+            }
+        }
+    }
+
+    fn set_full(&self, full: bool) {
+        self.full.store(full, Ordering::Release);
+        self.metrics.disk_full.set(full.into());
+        if full {
+            let waiting = std::mem::take(&mut self.lock().waiting);
+            for sender in waiting {
+                // A receiver that is gone no longer wants it.
+                let _ = sender.send(Err(TakeError::DiskFull));
+            }
+        }
+    }
+
+    fn add(&self, spare: Spare) {
+        let mut state = self.lock();
+        let mut unclaimed = Ok(spare);
+        while let Ok(spare) = unclaimed {
+            // A used one may not fit whoever waits; the keeper makes a new one for them.
+            let waiting = if spare.was.is_none() { state.waiting.pop_front() } else { None };
+            let Some(sender) = waiting else {
+                state.ready.push(spare);
+                break;
+            };
+            unclaimed = match sender.send(Ok(spare)) {
+                // A receiver that is gone no longer wants it: the next one gets it.
+                Err(returned) => returned,
+                Ok(()) => break,
+            };
+        }
+        self.metrics.spare_segments.set(state.ready.len() as i64);
+    }
+
+    async fn create(&self) -> io::Result<PathBuf> {
+        let number = {
+            let mut state = self.lock();
+            state.next += 1;
+            state.next - 1
+        };
+        let new = self.directory.join(format!("new-{number}"));
+        let spare = self.directory.join(format!("spare-{number}"));
+        let result = async {
+            let file = File::open(&new, OpenOptions { write: true, create_new: true, direct: self.direct }).await?;
+            driver::fill_with_zeros(&file, SEGMENT_FILE_BYTES).await?;
+            let (from, to) = (new.clone(), spare.clone());
+            driver::unblock(move || std::fs::rename(from, to)).await
+        };
+        if let Err(error) = result.await {
+            // Gives its space back; a file that stays is removed at the next start.
+            let _ = driver::unblock(move || std::fs::remove_file(new)).await;
+            return Err(error);
+        }
+        Ok(spare)
+    }
+
+    /// Bytes that this process may still use on the data disk.
+    async fn free_bytes(&self) -> io::Result<u64> {
+        let path = CString::new(self.directory.as_os_str().as_bytes()).map_err(io::Error::other)?;
+        driver::unblock(move || {
+            // SAFETY: an all-zero statvfs is valid, the path ends with zero, and the call keeps neither.
+            let (result, stat) = unsafe {
+                let mut stat: libc::statvfs = std::mem::zeroed();
+                (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
+            };
+            if result == 0 { Ok(stat.f_bavail * stat.f_frsize) } else { Err(io::Error::last_os_error()) }
+        })
+        .await
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is one call: a panic elsewhere leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    std::fs::File::open(directory)?.sync_all()
+}
