@@ -117,9 +117,10 @@ impl fmt::Debug for Buffer {
 }
 
 /// The buffers of one log that are not in use. Follows the traffic: small while commits are small, empty when idle.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pool {
     free: Vec<Buffer>,
+    capacity_max: usize,
     /// Capacity of the next new buffer; 0 before the first.
     capacity: usize,
 }
@@ -128,9 +129,19 @@ impl Pool {
     /// One for each write in flight and one being filled; more are dropped.
     const FREE_MAX: usize = 5;
 
+    /// Hands out buffers of up to `capacity_max` bytes, a whole number of blocks.
+    pub(crate) fn new(capacity_max: usize) -> Pool {
+        Pool { free: Vec::new(), capacity_max, capacity: 0 }
+    }
+
+    pub(crate) fn capacity_max(&self) -> usize {
+        self.capacity_max
+    }
+
     /// An empty buffer. `wanted` is how many bytes wait for it.
     pub(crate) fn take(&mut self, wanted: usize) -> Buffer {
-        let fitting = wanted.next_power_of_two().clamp(BUFFER_BYTES_MIN, WRITE_BYTES_MAX);
+        let least = BUFFER_BYTES_MIN.min(self.capacity_max);
+        let fitting = wanted.next_power_of_two().clamp(least, self.capacity_max);
         self.capacity = self.capacity.max(fitting);
         match self.free.pop() {
             Some(buffer) if buffer.capacity >= fitting => buffer,
@@ -141,7 +152,7 @@ impl Pool {
     /// Takes a buffer back. One that was filled to the brim was too small: the next new one is twice as large.
     pub(crate) fn give(&mut self, mut buffer: Buffer) {
         if buffer.len == buffer.capacity && buffer.capacity >= self.capacity {
-            self.capacity = (self.capacity * 2).min(WRITE_BYTES_MAX);
+            self.capacity = (self.capacity * 2).min(self.capacity_max);
         }
         if buffer.capacity >= self.capacity && self.free.len() < Pool::FREE_MAX {
             buffer.len = 0;
@@ -151,7 +162,7 @@ impl Pool {
 
     /// Drops all memory; called when the log has been idle for a while.
     pub(crate) fn clear(&mut self) {
-        *self = Pool::default();
+        *self = Pool::new(self.capacity_max);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -177,7 +188,7 @@ mod tests {
 
     #[test]
     fn reused_memory_is_padded_with_zeros_too() {
-        let mut pool = Pool::default();
+        let mut pool = Pool::new(WRITE_BYTES_MAX);
         let mut buffer = pool.take(100);
         buffer.extend(&vec![0xFF; 8192]);
         pool.give(buffer);
@@ -190,7 +201,7 @@ mod tests {
 
     #[test]
     fn pool_follows_the_traffic_and_holds_nothing_when_idle() {
-        let mut pool = Pool::default();
+        let mut pool = Pool::new(WRITE_BYTES_MAX);
         let mut buffer = pool.take(200);
         assert_eq!(BUFFER_BYTES_MIN, buffer.capacity());
         for doubled in [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 1 << 20] {

@@ -15,7 +15,7 @@ use pgtypes::{
 };
 use thiserror::Error;
 
-use crate::segment::SEGMENT_BYTES;
+use crate::segment::BLOCK_BYTES;
 
 /// Largest control file: a history of about 100,000 elections and promotions.
 pub const CONTROL_BYTES_MAX: usize = 16 << 20;
@@ -48,6 +48,8 @@ pub struct ControlFile {
     pub sequence: u64,
     /// What never changes.
     pub identity: AcceptorIdentity,
+    /// Bytes of WAL in one of the safekeeper's own segments.
+    pub store_segment_bytes: u64,
     /// What the acceptor must not forget.
     pub acceptor: AcceptorState,
     /// A durable, committed record end: the scan for the end of the log starts here.
@@ -90,6 +92,7 @@ impl ControlFile {
         put_u32(&mut out, identity.member.0);
         out.extend_from_slice(&identity.disk.0);
         put_u64(&mut out, identity.segment_bytes);
+        put_u64(&mut out, self.store_segment_bytes);
         put_summary(&mut out, &identity.start);
 
         put_summary(&mut out, &self.scan_start);
@@ -159,14 +162,14 @@ impl ControlFile {
         }
         let mut input = Input { rest: &checked[HEADER_BYTES..] };
 
-        let identity = AcceptorIdentity {
-            log: LogId { cluster: ClusterId(input.id()?), branch: BranchId(input.id()?) },
-            system: SystemId(input.u64()?),
-            member: MemberId(input.u32()?),
-            disk: DiskId(input.id()?),
-            segment_bytes: input.u64()?,
-            start: input.summary()?,
-        };
+        let log = LogId { cluster: ClusterId(input.id()?), branch: BranchId(input.id()?) };
+        let system = SystemId(input.u64()?);
+        let member = MemberId(input.u32()?);
+        let disk = DiskId(input.id()?);
+        let segment_bytes = input.u64()?;
+        let store_segment_bytes = input.u64()?;
+        let start = input.summary()?;
+        let identity = AcceptorIdentity { log, system, member, disk, segment_bytes, start };
         let scan_start = input.summary()?;
         let (oldest_lsn, sealed_lsn) = (Lsn(input.u64()?), Lsn(input.u64()?));
         let acceptor = AcceptorState {
@@ -184,7 +187,16 @@ impl ControlFile {
         if !input.rest.is_empty() {
             return Err(ControlError::Invalid("bytes behind the last field"));
         }
-        let file = ControlFile { sequence, identity, acceptor, scan_start, oldest_lsn, sealed_lsn, consumers };
+        let file = ControlFile {
+            sequence,
+            identity,
+            store_segment_bytes,
+            acceptor,
+            scan_start,
+            oldest_lsn,
+            sealed_lsn,
+            consumers,
+        };
         file.check()?;
         Ok(file)
     }
@@ -201,7 +213,9 @@ impl ControlFile {
         holds(start.is_valid() && start.offset_in(8) == 0, "start")?;
         holds(self.scan_start.record_end.offset_in(8) == 0 && self.scan_start.record_end >= start, "scan start")?;
         holds(self.oldest_lsn >= start && self.oldest_lsn <= self.scan_start.record_end, "oldest position")?;
-        holds(self.sealed_lsn.offset_in(SEGMENT_BYTES) == 0, "sealed position")?;
+        let store = self.store_segment_bytes;
+        holds(store.is_power_of_two() && store >= 2 * BLOCK_BYTES, "segment size of the store")?;
+        holds(self.sealed_lsn.offset_in(store) == 0, "sealed position")?;
         holds(self.acceptor.history.is_ordered(), "term history")?;
         holds(self.acceptor.timelines.is_ordered(), "timelines")
     }
@@ -459,6 +473,7 @@ pub(crate) mod tests {
                 segment_bytes: 16 << 20,
                 start: FrameSummary { record_end: start, timeline: PgTimeline(1), ..FrameSummary::default() },
             },
+            store_segment_bytes: 16 << 20,
             acceptor: AcceptorState {
                 ballot: ballot(3, 1),
                 writer: WriterId([4; 16]),
@@ -519,11 +534,12 @@ pub(crate) mod tests {
         assert_eq!(1u32.to_le_bytes(), bytes[64..68]);
         assert_eq!([3; 16], bytes[68..84]);
         assert_eq!((16u64 << 20).to_le_bytes(), bytes[84..92]);
-        assert_eq!(0x200_0000u64.to_le_bytes(), bytes[92..100]);
-        assert_eq!(0x310_0000u64.to_le_bytes(), bytes[128..136]);
-        assert_eq!(0x300_0000u64.to_le_bytes(), bytes[164..172]);
+        assert_eq!((16u64 << 20).to_le_bytes(), bytes[92..100]);
+        assert_eq!(0x200_0000u64.to_le_bytes(), bytes[100..108]);
+        assert_eq!(0x310_0000u64.to_le_bytes(), bytes[136..144]);
         assert_eq!(0x300_0000u64.to_le_bytes(), bytes[172..180]);
-        assert_eq!(3u64.to_le_bytes(), bytes[180..188]);
+        assert_eq!(0x300_0000u64.to_le_bytes(), bytes[180..188]);
+        assert_eq!(3u64.to_le_bytes(), bytes[188..196]);
         assert_eq!(wal::crc32c(0, &bytes[..bytes.len() - 4]).to_le_bytes(), bytes[bytes.len() - 4..]);
     }
 

@@ -29,7 +29,7 @@ pub use log::{APPEND_BYTES_MAX, ConsumerError, Log, LogStatus, ReadError, Reader
 pub use planner::WRITES_IN_FLIGHT_MAX;
 pub use recovery::{RecoverError, Recovered};
 pub use segment::{
-    BLOCK_BYTES, SEGMENT_BYTES, SEGMENT_FILE_BYTES, SegmentError, SegmentVerifier, TRAILER_BYTES, Trailer,
+    BLOCK_BYTES, Geometry, SEGMENT_BYTES, SEGMENT_FILE_BYTES, SegmentError, SegmentVerifier, TRAILER_BYTES, Trailer,
     parse_segment_file_name, segment_file_name, verify_segment,
 };
 pub use segment_list::SegmentView;

@@ -6,6 +6,7 @@
 //! Read `planner.rs` for the writes, `truncation.rs` for the end of a log, `recovery.rs` for its start.
 
 use alloc::{
+    boxed::Box,
     collections::VecDeque,
     string::{String, ToString},
     vec::Vec,
@@ -20,13 +21,13 @@ use pgtypes::{Ballot, FrameSummary, Instant, Lsn, Term, WriterId};
 use wal::Scanner;
 
 use crate::{
-    buffer::{Buffer, WRITE_BYTES_MAX},
+    buffer::Buffer,
     command::{LogCommand, OpId, OpResult},
     control::{CONSUMER_NAME_BYTES_MAX, CONSUMERS_MAX, Consumer, ControlFile},
     control_writer::{Contents, ControlWriter},
     planner::Planner,
-    segment::{BLOCK_BYTES, SEGMENT_BYTES, TRAILER_BYTES, Trailer},
-    segment_list::{SegmentList, SegmentView, TAKE_AHEAD_BYTES},
+    segment::{BLOCK_BYTES, Geometry, TRAILER_BYTES, Trailer},
+    segment_list::{SegmentList, SegmentView},
     truncation::{Step, Truncation},
 };
 
@@ -42,11 +43,6 @@ const MARKS_MAX: usize = 1024;
 
 /// Record ends remembered between durability and commit as future starts of a recovery scan.
 const SCAN_CANDIDATES_MAX: usize = 64;
-/// Distance of two of them.
-const SCAN_CANDIDATE_BYTES: u64 = 256 << 10;
-
-/// WAL that a recovery may have to scan before the control file is written only for that.
-const SCAN_BYTES_MAX: u64 = SEGMENT_BYTES;
 
 /// How long changes of the control file that nobody waits for are gathered.
 const CONTROL_DELAY: Duration = Duration::from_secs(10);
@@ -164,6 +160,7 @@ struct Sealing {
 /// See the module.
 #[derive(Debug)]
 pub struct Log {
+    geometry: Geometry,
     acceptor: Acceptor,
     /// Behind the last byte accepted.
     scanner: Scanner,
@@ -215,6 +212,7 @@ pub struct Log {
 
 /// What a log continues with: see `recovery.rs`.
 pub(crate) struct Start {
+    pub(crate) geometry: Geometry,
     pub(crate) acceptor: Acceptor,
     pub(crate) scan_start: FrameSummary,
     pub(crate) oldest_lsn: Lsn,
@@ -238,11 +236,25 @@ impl Log {
         configuration: Configuration,
         now: Instant,
     ) -> Result<Log, consensus::RecoveryError> {
+        Log::create_with(Geometry::STANDARD, identity, configuration, now)
+    }
+
+    /// [`Log::create`] with other sizes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn create_with(
+        geometry: Geometry,
+        identity: AcceptorIdentity,
+        configuration: Configuration,
+        now: Instant,
+    ) -> Result<Log, consensus::RecoveryError> {
         let start = identity.start;
         let state = AcceptorState::created(configuration, start.record_end, start.timeline);
-        let segments = SegmentList::new(start.record_end, start.record_end.floor(SEGMENT_BYTES));
+        let segments = SegmentList::new(geometry.segment_bytes, start.record_end, Lsn::INVALID);
         Ok(Log::new(
             Start {
+                geometry,
                 acceptor: Acceptor::new(identity, state, start, now)?,
                 scan_start: start,
                 oldest_lsn: start.record_end,
@@ -272,8 +284,9 @@ impl Log {
         };
         let durable = start.control_durable.then_some(contents);
         let mut log = Log {
+            geometry: start.geometry,
             scanner,
-            planner: Planner::new(end.record_end, start.tail),
+            planner: Planner::new(start.geometry, end.record_end, start.tail),
             segments: start.segments,
             control: ControlWriter::new(start.control_sequence, start.control_copy, durable),
             consumers: start.consumers,
@@ -635,7 +648,7 @@ impl Log {
     /// A durable record end: a scan may start there once it is committed.
     fn remember_scan_candidate(&mut self, summary: FrameSummary) {
         let last = self.scan_candidates.back().unwrap_or(&self.scan_start).record_end;
-        let far = summary.record_end.bytes_since(last) >= SCAN_CANDIDATE_BYTES;
+        let far = summary.record_end.bytes_since(last) >= self.geometry.scan_step_bytes;
         if far && self.scan_candidates.len() < SCAN_CANDIDATES_MAX {
             self.scan_candidates.push_back(summary);
         }
@@ -674,7 +687,7 @@ impl Log {
         self.scanner = scanner;
         let begin = self.planner.end();
         let end = begin.advance(bytes.len() as u64);
-        self.segments.want(begin, end.advance(TAKE_AHEAD_BYTES));
+        self.segments.want(begin, end.advance(self.geometry.take_ahead_bytes));
         self.segments.checksum(begin, bytes);
         self.planner.push(bytes);
         let summary = scanner.summary();
@@ -814,7 +827,8 @@ impl Log {
             && *durable != self.contents()
         {
             let scan = self.scan_start.record_end.bytes_since(durable.scan_start.record_end);
-            if scan >= SCAN_BYTES_MAX || self.oldest_lsn > durable.oldest_lsn {
+            // A recovery scans one segment or two.
+            if scan >= self.geometry.segment_bytes || self.oldest_lsn > durable.oldest_lsn {
                 self.control.demand();
             } else {
                 self.control_due.get_or_insert(self.now.after(CONTROL_DELAY));
@@ -828,6 +842,7 @@ impl Log {
         let file = ControlFile {
             sequence: self.control.next_sequence(),
             identity: self.acceptor.identity().clone(),
+            store_segment_bytes: self.geometry.segment_bytes,
             acceptor: self.acceptor.state().clone(),
             scan_start: self.scan_start,
             oldest_lsn: self.oldest_lsn,
@@ -863,14 +878,14 @@ impl Log {
         {
             let op = self.new_op();
             let Some(write) = self.planner.issue_write(op) else { break };
-            let (segment, offset) = (write.start.floor(SEGMENT_BYTES), write.start.offset_in(SEGMENT_BYTES));
+            let (segment, offset) = self.segments.place(write.start);
             self.operations.push((op, Purpose::Write { segment, offset }));
             self.commands.push_back(LogCommand::Write { op, segment, offset, buffer: write.buffer });
         }
         if self.planner.wants_sync() {
             let op = self.begin_op(Purpose::Flush);
             if let Some(sync) = self.planner.issue_sync(op) {
-                let (first, last) = (sync.from.floor(SEGMENT_BYTES), Lsn(sync.to.0 - 1).floor(SEGMENT_BYTES));
+                let (first, last) = (self.segments.place(sync.from).0, self.segments.place(Lsn(sync.to.0 - 1)).0);
                 self.commands.push_back(LogCommand::Sync { op, first, last });
             }
         }
@@ -920,7 +935,7 @@ impl Log {
                 self.begin_truncation(truncation);
             }
             Step::Scan { next, .. } => {
-                let length = Truncation::piece(*next, to);
+                let length = Truncation::piece(self.geometry, *next, to);
                 truncation.op = Some(self.read_for(*next, length));
             }
             Step::ReadTail => truncation.op = Some(self.read_for(block, BLOCK_BYTES as usize)),
@@ -937,7 +952,7 @@ impl Log {
                     truncation.step = Step::Remove;
                     return true;
                 }
-                let length = Truncation::piece(*next, truncation.zero_until);
+                let length = Truncation::piece(self.geometry, *next, truncation.zero_until);
                 if truncation.look_first {
                     truncation.op = Some(self.read_for(*next, length));
                 } else {
@@ -959,7 +974,7 @@ impl Log {
             Step::Sync if truncation.wrote => {
                 let op = self.begin_op(Purpose::Truncate);
                 truncation.op = Some(op);
-                let segment = to.floor(SEGMENT_BYTES);
+                let (segment, _) = self.segments.place(to);
                 self.commands.push_back(LogCommand::Sync { op, first: segment, last: segment });
             }
             Step::Sync => truncation.step = Step::Done,
@@ -982,7 +997,7 @@ impl Log {
             return;
         }
         let exists = self.segments.get(to).is_some_and(|segment| segment.taken && segment.start < to);
-        let segment_end = to.floor(SEGMENT_BYTES).advance(SEGMENT_BYTES);
+        let segment_end = self.segments.place(to).0.advance(self.geometry.segment_bytes);
         truncation.look_first = self.tail_unknown;
         truncation.zero_until = match exists {
             true if self.tail_unknown => segment_end,
@@ -996,7 +1011,7 @@ impl Log {
         truncation.step = if truncation.summary.is_none() {
             let identity = self.acceptor.identity();
             let scanner = Scanner::resume(self.scan_start, identity.segment_bytes).with_system_id(identity.system);
-            Step::Scan { scanner, next: self.scan_start.record_end.floor(BLOCK_BYTES) }
+            Step::Scan { scanner: Box::new(scanner), next: self.scan_start.record_end.floor(BLOCK_BYTES) }
         } else if truncation.tail.is_none() {
             Step::ReadTail
         } else {
@@ -1010,14 +1025,14 @@ impl Log {
 
     fn read_for(&mut self, lsn: Lsn, length: usize) -> OpId {
         let op = self.begin_op(Purpose::Truncate);
-        let (segment, offset) = (lsn.floor(SEGMENT_BYTES), lsn.offset_in(SEGMENT_BYTES));
+        let (segment, offset) = self.segments.place(lsn);
         self.commands.push_back(LogCommand::Read { op, segment, offset, buffer: Buffer::zeroed(length) });
         op
     }
 
     fn write_for(&mut self, lsn: Lsn, buffer: Buffer) -> OpId {
         let op = self.begin_op(Purpose::Truncate);
-        let (segment, offset) = (lsn.floor(SEGMENT_BYTES), lsn.offset_in(SEGMENT_BYTES));
+        let (segment, offset) = self.segments.place(lsn);
         self.commands.push_back(LogCommand::Write { op, segment, offset, buffer });
         op
     }
@@ -1092,15 +1107,21 @@ impl Log {
             let start = sealing.start;
             self.commands.push_back(match sealing.step {
                 SealStep::Read { next, .. } => {
-                    let buffer = Buffer::zeroed(WRITE_BYTES_MAX);
+                    let buffer = Buffer::zeroed(self.geometry.write_bytes_max);
                     LogCommand::Read { op, segment: start, offset: next.bytes_since(start), buffer }
                 }
                 SealStep::Write { crc } => {
                     let log = self.acceptor.identity().log;
-                    let trailer = Trailer { log, start_lsn: start, data_begin: sealing.data_begin, data_crc: crc };
+                    let trailer = Trailer {
+                        log,
+                        start_lsn: start,
+                        data_begin: sealing.data_begin,
+                        segment_bytes: self.geometry.segment_bytes,
+                        data_crc: crc,
+                    };
                     let buffer = Buffer::padded(&trailer.encode());
                     debug_assert_eq!(TRAILER_BYTES as usize, buffer.len());
-                    LogCommand::Write { op, segment: start, offset: SEGMENT_BYTES, buffer }
+                    LogCommand::Write { op, segment: start, offset: self.geometry.segment_bytes, buffer }
                 }
                 SealStep::Sync => LogCommand::Sync { op, first: start, last: start },
             });
@@ -1117,7 +1138,7 @@ impl Log {
                 let skipped = sealing.data_begin.bytes_since(next).min(bytes.len() as u64) as usize;
                 let crc = wal::crc32c(crc, &bytes[skipped..]);
                 let next = next.advance(bytes.len() as u64);
-                sealing.step = match next.bytes_since(sealing.start) < SEGMENT_BYTES {
+                sealing.step = match next.bytes_since(sealing.start) < self.geometry.segment_bytes {
                     true => SealStep::Read { next, crc },
                     false => SealStep::Write { crc },
                 };
@@ -1149,9 +1170,9 @@ impl Log {
         }
         let Some(durable) = self.control.durable().copied() else { return };
         let safe = self.horizon.min(self.acceptor.commit_lsn()).min(durable.scan_start.record_end);
-        let first_end = self.segments.first().map_or(Lsn::MAX, |segment| segment.end());
-        if safe >= first_end && safe.floor(SEGMENT_BYTES) > self.oldest_lsn {
-            self.oldest_lsn = safe.floor(SEGMENT_BYTES);
+        let first_end = self.segments.first().map_or(Lsn::MAX, |segment| segment.end);
+        if safe >= first_end && self.segments.place(safe).0 > self.oldest_lsn {
+            self.oldest_lsn = self.segments.place(safe).0;
             self.acceptor.handle_oldest(self.oldest_lsn);
             return;
         }

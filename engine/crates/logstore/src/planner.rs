@@ -11,7 +11,7 @@ use pgtypes::Lsn;
 use crate::{
     buffer::{Buffer, Pool},
     command::OpId,
-    segment::{BLOCK_BYTES, SEGMENT_BYTES},
+    segment::{BLOCK_BYTES, Geometry},
 };
 
 /// Writes in flight at once. Four of 1 MiB saturate an NVMe drive; more only lengthen the wait of the sync behind them.
@@ -48,8 +48,8 @@ impl Pending {
     }
 
     /// Bytes that still fit, of which none lies in the next segment.
-    fn room(&self) -> usize {
-        let in_segment = SEGMENT_BYTES - self.start.offset_in(SEGMENT_BYTES);
+    fn room(&self, segment_bytes: u64) -> usize {
+        let in_segment = segment_bytes - self.start.offset_in(segment_bytes);
         self.buffer.capacity().min(in_segment as usize) - self.buffer.len()
     }
 }
@@ -66,6 +66,7 @@ struct InFlight {
 #[derive(Debug)]
 pub(crate) struct Planner {
     pool: Pool,
+    segment_bytes: u64,
     pending: VecDeque<Pending>,
     pending_bytes: usize,
     /// Bytes of the block that holds `issued`, up to it: repeated at the head of the next write.
@@ -86,10 +87,15 @@ pub(crate) struct Planner {
 
 impl Planner {
     /// Continues a log whose bytes up to `end` are durable. `tail`: those of them in the block of `end`.
-    pub(crate) fn new(end: Lsn, tail: Vec<u8>) -> Planner {
+    pub(crate) fn new(geometry: Geometry, end: Lsn, tail: Vec<u8>) -> Planner {
+        Planner::with_pool(Pool::new(geometry.write_bytes_max), geometry.segment_bytes, end, tail)
+    }
+
+    fn with_pool(pool: Pool, segment_bytes: u64, end: Lsn, tail: Vec<u8>) -> Planner {
         debug_assert_eq!(end.offset_in(BLOCK_BYTES), tail.len() as u64);
         Planner {
-            pool: Pool::default(),
+            pool,
+            segment_bytes,
             pending: VecDeque::new(),
             pending_bytes: 0,
             tail,
@@ -148,11 +154,11 @@ impl Planner {
     /// Appends a copy of `bytes`: the only one made of them.
     pub(crate) fn push(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            if self.pending.back().is_none_or(|last| last.room() == 0) {
+            if self.pending.back().is_none_or(|last| last.room(self.segment_bytes) == 0) {
                 self.begin_buffer(bytes.len());
             }
             let Some(last) = self.pending.back_mut() else { return };
-            let fits = last.room().min(bytes.len());
+            let fits = last.room(self.segment_bytes).min(bytes.len());
             last.buffer.extend(&bytes[..fits]);
             self.end = last.end();
             self.pending_bytes += fits;
@@ -266,8 +272,9 @@ impl Planner {
     /// Starts again at `end`, whose bytes are durable, after [`Planner::is_quiet`]. `tail` as in [`Planner::new`].
     pub(crate) fn restart(&mut self, end: Lsn, tail: Vec<u8>) {
         debug_assert!(self.is_quiet() && self.pending.is_empty());
-        let pool = core::mem::take(&mut self.pool);
-        *self = Planner { pool, ..Planner::new(end, tail) };
+        let empty = Pool::new(self.pool.capacity_max());
+        let pool = core::mem::replace(&mut self.pool, empty);
+        *self = Planner::with_pool(pool, self.segment_bytes, end, tail);
     }
 
     /// Bytes of the block of [`Planner::issued`] up to it.
@@ -279,10 +286,11 @@ impl Planner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::segment::SEGMENT_BYTES;
     use alloc::vec;
 
     fn planner() -> Planner {
-        Planner::new(Lsn(SEGMENT_BYTES), Vec::new())
+        Planner::new(Geometry::STANDARD, Lsn(SEGMENT_BYTES), Vec::new())
     }
 
     fn issue(planner: &mut Planner, op: u64) -> Option<(u64, usize)> {
@@ -373,7 +381,7 @@ mod tests {
 
     #[test]
     fn write_ends_with_its_segment() {
-        let mut planner = Planner::new(Lsn(2 * SEGMENT_BYTES - 8192), Vec::new());
+        let mut planner = Planner::new(Geometry::STANDARD, Lsn(2 * SEGMENT_BYTES - 8192), Vec::new());
         planner.push(&[1; 12288]);
         assert_eq!(Some((SEGMENT_BYTES - 8192, 8192)), issue(&mut planner, 1));
         assert_eq!(Some((SEGMENT_BYTES, 4096)), issue(&mut planner, 2));

@@ -12,11 +12,11 @@ use thiserror::Error;
 use wal::{Scanner, WalError};
 
 use crate::{
-    buffer::{Buffer, WRITE_BYTES_MAX},
+    buffer::Buffer,
     command::{ReadFailed, SegmentReader},
     control::{ChosenCopy, ControlError, choose_copy},
     log::{Log, Start},
-    segment::{BLOCK_BYTES, SEGMENT_BYTES, TRAILER_BYTES, Trailer},
+    segment::{BLOCK_BYTES, Geometry, TRAILER_BYTES, Trailer},
     segment_list::SegmentList,
 };
 
@@ -44,6 +44,9 @@ pub enum RecoverError {
     /// The control file was written by another disk: the directory was copied.
     #[error("the control file belongs to disk {0}")]
     OtherDisk(DiskId),
+    /// The log was created with another size of the safekeeper's own segments.
+    #[error("the log has segments of {0} bytes")]
+    SegmentSize(u64),
     /// A segment that the log should hold does not exist.
     #[error("the segment at {0} is missing")]
     MissingSegment(Lsn),
@@ -69,43 +72,63 @@ impl Log {
         reader: &mut impl SegmentReader,
         now: Instant,
     ) -> Result<Recovered, RecoverError> {
-        let ChosenCopy { file, copy, differ } = choose_copy([control_0, control_1]).map_err(RecoverError::Control)?;
+        Log::recover_with(Geometry::STANDARD, log, disk, [control_0, control_1], reader, now)
+    }
+
+    /// [`Log::recover`] with other sizes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn recover_with(
+        geometry: Geometry,
+        log: LogId,
+        disk: DiskId,
+        controls: [Option<&[u8]>; 2],
+        reader: &mut impl SegmentReader,
+        now: Instant,
+    ) -> Result<Recovered, RecoverError> {
+        let ChosenCopy { file, copy, differ } = choose_copy(controls).map_err(RecoverError::Control)?;
         if file.identity.log != log {
             return Err(RecoverError::OtherLog(file.identity.log));
         }
         if file.identity.disk != disk {
             return Err(RecoverError::OtherDisk(file.identity.disk));
         }
+        if file.store_segment_bytes != geometry.segment_bytes {
+            return Err(RecoverError::SegmentSize(file.store_segment_bytes));
+        }
+        let segment_bytes = geometry.segment_bytes;
         let mut starts = reader.starts()?;
         starts.sort_unstable();
         let scanner = Scanner::resume(file.scan_start, file.identity.segment_bytes);
         let mut scan =
-            Scan { starts: &starts, scanner: scanner.with_system_id(file.identity.system), tail: Vec::new() };
+            Scan { geometry, starts: &starts, scanner: scanner.with_system_id(file.identity.system), tail: Vec::new() };
         let scan_end = scan.run(reader)?;
         let end = scan.scanner.summary();
         let tail = scan.tail;
 
         // Segments of the log are those that hold a byte of [oldest, end).
         let log_start = file.identity.start.record_end;
-        let mut segments = SegmentList::new(log_start, file.sealed_lsn.max(log_start.floor(SEGMENT_BYTES)));
-        let mut next = file.oldest_lsn.floor(SEGMENT_BYTES);
+        let mut segments = SegmentList::new(segment_bytes, log_start, file.sealed_lsn);
+        let mut next = file.oldest_lsn.floor(segment_bytes);
         while next < end.record_end && end.record_end > file.oldest_lsn {
             if starts.binary_search(&next).is_err() {
                 return Err(RecoverError::MissingSegment(next));
             }
-            let complete = next.advance(SEGMENT_BYTES) <= end.record_end;
-            let sealed = complete && (next < file.sealed_lsn || has_trailer(reader, log, next)?);
+            let complete = next.advance(segment_bytes) <= end.record_end;
+            let sealed = complete && (next < file.sealed_lsn || has_trailer(reader, log, next, segment_bytes)?);
             segments.push_found(next, sealed);
-            next = next.advance(SEGMENT_BYTES);
+            next = next.advance(segment_bytes);
         }
         let orphans = starts.iter().copied().filter(|start| segments.get(*start).is_none()).collect();
         segments.truncate_checksums(end.record_end);
 
         let found = end.record_end > file.scan_start.record_end;
-        let first = file.scan_start.record_end.floor(SEGMENT_BYTES);
-        let sync = found.then(|| (first, Lsn(end.record_end.0 - 1).floor(SEGMENT_BYTES)));
+        let first = file.scan_start.record_end.floor(segment_bytes);
+        let sync = found.then(|| (first, Lsn(end.record_end.0 - 1).floor(segment_bytes)));
         let acceptor = Acceptor::new(file.identity, file.acceptor, end, now)?;
         let start = Start {
+            geometry,
             acceptor,
             scan_start: file.scan_start,
             oldest_lsn: file.oldest_lsn,
@@ -122,13 +145,19 @@ impl Log {
     }
 }
 
-fn has_trailer(reader: &mut impl SegmentReader, log: LogId, start: Lsn) -> Result<bool, ReadFailed> {
+fn has_trailer(
+    reader: &mut impl SegmentReader,
+    log: LogId,
+    start: Lsn,
+    segment_bytes: u64,
+) -> Result<bool, ReadFailed> {
     let mut block = Buffer::zeroed(TRAILER_BYTES as usize);
-    reader.read(start, SEGMENT_BYTES, block.as_bytes_mut())?;
+    reader.read(start, segment_bytes, block.as_bytes_mut())?;
     Ok(Trailer::decode(block.as_bytes(), log, start).is_ok())
 }
 
 struct Scan<'a> {
+    geometry: Geometry,
     starts: &'a [Lsn],
     scanner: Scanner,
     /// Bytes of the block of the last record end, up to it.
@@ -138,28 +167,29 @@ struct Scan<'a> {
 impl Scan<'_> {
     /// Feeds the scanner until it refuses or there is no more; returns why it refused.
     fn run(&mut self, reader: &mut impl SegmentReader) -> Result<Option<WalError>, ReadFailed> {
+        let Geometry { segment_bytes, write_bytes_max, .. } = self.geometry;
         let begin = self.scanner.position();
         let mut next = begin.floor(BLOCK_BYTES);
-        let mut buffer = Buffer::zeroed(WRITE_BYTES_MAX);
+        let mut buffer = Buffer::zeroed(write_bytes_max);
         let mut refused = None;
         // A short read first: most logs end within the first few blocks.
-        let mut wanted = 16 * BLOCK_BYTES;
-        while refused.is_none() && self.starts.binary_search(&next.floor(SEGMENT_BYTES)).is_ok() {
-            let offset = next.offset_in(SEGMENT_BYTES);
-            let length = wanted.min(SEGMENT_BYTES - offset) as usize;
+        let mut wanted = (16 * BLOCK_BYTES).min(write_bytes_max as u64);
+        while refused.is_none() && self.starts.binary_search(&next.floor(segment_bytes)).is_ok() {
+            let offset = next.offset_in(segment_bytes);
+            let length = wanted.min(segment_bytes - offset) as usize;
             let bytes = &mut buffer.as_bytes_mut()[..length];
-            reader.read(next.floor(SEGMENT_BYTES), offset, bytes)?;
+            reader.read(next.floor(segment_bytes), offset, bytes)?;
             let skipped = self.scanner.position().bytes_since(next) as usize;
             refused = self.scanner.feed(&bytes[skipped..], |_| {}).err();
             next = next.advance(length as u64);
-            wanted = WRITE_BYTES_MAX as u64;
+            wanted = write_bytes_max as u64;
         }
         let end = self.scanner.summary().record_end;
         let block = end.floor(BLOCK_BYTES);
         self.tail = vec![0; end.bytes_since(block) as usize];
-        if !self.tail.is_empty() && self.starts.binary_search(&end.floor(SEGMENT_BYTES)).is_ok() {
+        if !self.tail.is_empty() && self.starts.binary_search(&end.floor(segment_bytes)).is_ok() {
             let bytes = &mut buffer.as_bytes_mut()[..BLOCK_BYTES as usize];
-            reader.read(end.floor(SEGMENT_BYTES), block.offset_in(SEGMENT_BYTES), bytes)?;
+            reader.read(end.floor(segment_bytes), block.offset_in(segment_bytes), bytes)?;
             self.tail.copy_from_slice(&bytes[..end.bytes_since(block) as usize]);
         }
         Ok(refused)

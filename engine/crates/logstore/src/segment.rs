@@ -20,6 +20,30 @@ pub const TRAILER_BYTES: u64 = BLOCK_BYTES;
 /// Bytes of a segment file.
 pub const SEGMENT_FILE_BYTES: u64 = SEGMENT_BYTES + TRAILER_BYTES;
 
+/// Sizes of a log's files and writes. A product has [`Geometry::STANDARD`]; a simulation has small ones, so that the
+/// rare things at the ends of segments and writes happen often.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// Bytes of WAL in a segment: a power of two, at least two blocks.
+    pub segment_bytes: u64,
+    /// Largest write, in whole blocks.
+    pub write_bytes_max: usize,
+    /// How far ahead of the last byte a segment is taken, so that no write waits for a rename and a directory sync.
+    pub take_ahead_bytes: u64,
+    /// Distance of two record ends that are remembered as starts of a recovery scan.
+    pub scan_step_bytes: u64,
+}
+
+impl Geometry {
+    /// Segments of 16 MiB, writes of 1 MiB.
+    pub const STANDARD: Geometry = Geometry {
+        segment_bytes: SEGMENT_BYTES,
+        write_bytes_max: crate::buffer::WRITE_BYTES_MAX,
+        take_ahead_bytes: 4 << 20,
+        scan_step_bytes: 256 << 10,
+    };
+}
+
 const TRAILER_MAGIC: [u8; 8] = *b"LBWALSEG";
 const TRAILER_VERSION: u32 = 1;
 /// Bytes of the trailer that its own checksum covers; the checksum follows them, zeros fill the block.
@@ -46,7 +70,9 @@ pub struct Trailer {
     pub start_lsn: Lsn,
     /// First byte of the log in it: `start_lsn`, or later when the log begins inside the segment.
     pub data_begin: Lsn,
-    /// CRC-32C of `[data_begin, start_lsn + SEGMENT_BYTES)`.
+    /// Bytes of WAL in the segment.
+    pub segment_bytes: u64,
+    /// CRC-32C of `[data_begin, start_lsn + segment_bytes)`.
     pub data_crc: u32,
 }
 
@@ -91,7 +117,7 @@ impl Trailer {
         block[32..48].copy_from_slice(&self.log.branch.0);
         block[48..56].copy_from_slice(&self.start_lsn.0.to_le_bytes());
         block[56..64].copy_from_slice(&self.data_begin.0.to_le_bytes());
-        block[64..72].copy_from_slice(&SEGMENT_BYTES.to_le_bytes());
+        block[64..72].copy_from_slice(&self.segment_bytes.to_le_bytes());
         let crc = wal::crc32c(0, &block[..TRAILER_CHECKED_BYTES]);
         block[TRAILER_CHECKED_BYTES..TRAILER_CHECKED_BYTES + 4].copy_from_slice(&crc.to_le_bytes());
         block
@@ -121,27 +147,26 @@ impl Trailer {
             log: LogId { cluster: ClusterId(id_at(16)), branch: BranchId(id_at(32)) },
             start_lsn: Lsn(u64_at(48)),
             data_begin: Lsn(u64_at(56)),
+            segment_bytes: u64_at(64),
             data_crc: u32_at(12),
         };
         if trailer.log != log || trailer.start_lsn != start_lsn {
             return Err(SegmentError::Foreign { log: trailer.log, start_lsn: trailer.start_lsn });
         }
-        let inside = trailer.data_begin.bytes_since(start_lsn) < SEGMENT_BYTES && trailer.data_begin >= start_lsn;
-        if !inside || u64_at(64) != SEGMENT_BYTES {
+        let inside =
+            trailer.data_begin >= start_lsn && trailer.data_begin.bytes_since(start_lsn) < trailer.segment_bytes;
+        if !inside {
             return Err(SegmentError::Trailer);
         }
         Ok(trailer)
     }
 }
 
-/// Checks a sealed segment, given its `data` ([`SEGMENT_BYTES`]) and `trailer` block, before a byte of it is served.
+/// Checks a sealed segment, given its whole `data` and `trailer` block, before a byte of it is served.
 ///
 /// # Errors
 /// [`SegmentError`]: the segment must be reported and not be served.
 pub fn verify_segment(data: &[u8], trailer: &[u8], log: LogId, start_lsn: Lsn) -> Result<Trailer, SegmentError> {
-    if data.len() as u64 != SEGMENT_BYTES {
-        return Err(SegmentError::Size);
-    }
     let mut verifier = SegmentVerifier::new(trailer, log, start_lsn)?;
     verifier.feed(data);
     verifier.finish()
@@ -176,7 +201,7 @@ impl SegmentVerifier {
     /// # Errors
     /// As [`verify_segment`].
     pub fn finish(self) -> Result<Trailer, SegmentError> {
-        if self.position.bytes_since(self.trailer.start_lsn) != SEGMENT_BYTES {
+        if self.position.bytes_since(self.trailer.start_lsn) != self.trailer.segment_bytes {
             return Err(SegmentError::Size);
         }
         if self.crc != self.trailer.data_crc {
@@ -196,7 +221,7 @@ mod tests {
     }
 
     fn data() -> Vec<u8> {
-        (0..SEGMENT_BYTES).map(|i| (i * 31 >> 3) as u8).collect()
+        (0..SEGMENT_BYTES).map(|i| ((i * 31) >> 3) as u8).collect()
     }
 
     fn sealed(data: &[u8], data_begin: u64) -> [u8; 4096] {
@@ -204,6 +229,7 @@ mod tests {
             log: log(),
             start_lsn: Lsn(SEGMENT_BYTES),
             data_begin: Lsn(SEGMENT_BYTES + data_begin),
+            segment_bytes: SEGMENT_BYTES,
             data_crc: wal::crc32c(0, &data[data_begin as usize..]),
         }
         .encode()

@@ -6,11 +6,6 @@ use alloc::{collections::VecDeque, vec::Vec};
 
 use pgtypes::Lsn;
 
-use crate::segment::SEGMENT_BYTES;
-
-/// How far ahead of the last byte a segment is taken, so that no write waits for a rename and a directory sync.
-pub(crate) const TAKE_AHEAD_BYTES: u64 = 4 << 20;
-
 /// A segment as a reader needs to know it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SegmentView {
@@ -25,6 +20,8 @@ pub struct SegmentView {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     pub(crate) start: Lsn,
+    /// Where the next one starts.
+    pub(crate) end: Lsn,
     /// First byte of the log in it.
     pub(crate) data_begin: Lsn,
     /// The file exists.
@@ -37,13 +34,9 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    pub(crate) fn end(&self) -> Lsn {
-        self.start.advance(SEGMENT_BYTES)
-    }
-
     /// Checksum of all its data, if it is complete and its bytes passed through this process.
     pub(crate) fn data_crc(&self) -> Option<u32> {
-        (self.crc_end == self.end()).then_some(self.crc)
+        (self.crc_end == self.end).then_some(self.crc)
     }
 }
 
@@ -51,6 +44,7 @@ impl Segment {
 pub(crate) struct SegmentList {
     /// Without gaps.
     segments: VecDeque<Segment>,
+    segment_bytes: u64,
     /// Where the log begins on this acceptor.
     log_start: Lsn,
     /// No segment below needs a trailer any more.
@@ -58,8 +52,15 @@ pub(crate) struct SegmentList {
 }
 
 impl SegmentList {
-    pub(crate) fn new(log_start: Lsn, seal_next: Lsn) -> SegmentList {
-        SegmentList { segments: VecDeque::new(), log_start, seal_next }
+    /// `sealed_lsn`: no segment below needs a trailer.
+    pub(crate) fn new(segment_bytes: u64, log_start: Lsn, sealed_lsn: Lsn) -> SegmentList {
+        let seal_next = sealed_lsn.max(log_start.floor(segment_bytes));
+        SegmentList { segments: VecDeque::new(), segment_bytes, log_start, seal_next }
+    }
+
+    /// Start of the segment that holds `lsn`, and the offset in it.
+    pub(crate) fn place(&self, lsn: Lsn) -> (Lsn, u64) {
+        (lsn.floor(self.segment_bytes), lsn.offset_in(self.segment_bytes))
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -76,14 +77,14 @@ impl SegmentList {
 
     /// Start of the first damaged segment that holds a byte of `[begin, end)`.
     pub(crate) fn first_damaged(&self, begin: Lsn, end: Lsn) -> Option<Lsn> {
-        let inside = |segment: &&Segment| segment.damaged && segment.start < end && segment.end() > begin;
+        let inside = |segment: &&Segment| segment.damaged && segment.start < end && segment.end > begin;
         self.segments.iter().find(inside).map(|segment| segment.start)
     }
 
     fn index(&self, lsn: Lsn) -> Option<usize> {
         let first = self.segments.front()?.start;
         let distance = lsn.0.checked_sub(first.0)?;
-        Some((distance / SEGMENT_BYTES) as usize).filter(|&index| index < self.segments.len())
+        Some((distance / self.segment_bytes) as usize).filter(|&index| index < self.segments.len())
     }
 
     pub(crate) fn get(&self, lsn: Lsn) -> Option<&Segment> {
@@ -106,15 +107,16 @@ impl SegmentList {
 
     fn fresh(&self, start: Lsn) -> Segment {
         let data_begin = start.max(self.log_start);
-        Segment { start, data_begin, taken: false, sealed: false, damaged: false, crc: 0, crc_end: data_begin }
+        let end = start.advance(self.segment_bytes);
+        Segment { start, end, data_begin, taken: false, sealed: false, damaged: false, crc: 0, crc_end: data_begin }
     }
 
     /// Asks for the segments of `[from, to)`; `from` is where the log ends.
     pub(crate) fn want(&mut self, from: Lsn, to: Lsn) {
-        let mut next = self.segments.back().map_or(from.floor(SEGMENT_BYTES), Segment::end);
+        let mut next = self.segments.back().map_or(from.floor(self.segment_bytes), |last| last.end);
         while next < to {
             self.segments.push_back(self.fresh(next));
-            next = next.advance(SEGMENT_BYTES);
+            next = next.advance(self.segment_bytes);
         }
     }
 
@@ -122,7 +124,7 @@ impl SegmentList {
     pub(crate) fn checksum(&mut self, begin: Lsn, bytes: &[u8]) {
         let (mut at, mut rest) = (begin, bytes);
         while !rest.is_empty() {
-            let room = SEGMENT_BYTES - at.offset_in(SEGMENT_BYTES);
+            let room = self.segment_bytes - at.offset_in(self.segment_bytes);
             let (here, behind) = rest.split_at(rest.len().min(room as usize));
             if let Some(segment) = self.get_mut(at)
                 && segment.crc_end == at
@@ -169,24 +171,24 @@ impl SegmentList {
                 self.seal_next = self.seal_next.max(first.start);
             }
             let segment = *self.get(self.seal_next)?;
-            if segment.end() > committed {
+            if segment.end > committed {
                 return None;
             }
             if !segment.sealed && !segment.damaged {
                 return Some(segment);
             }
-            self.seal_next = segment.end();
+            self.seal_next = segment.end;
         }
     }
 
     /// No segment below needs a trailer.
     pub(crate) fn sealed_lsn(&self) -> Lsn {
-        self.seal_next.floor(SEGMENT_BYTES)
+        self.seal_next
     }
 
     /// Takes off the first segment if it ends at or below `oldest`.
     pub(crate) fn pop_below(&mut self, oldest: Lsn) -> Option<Segment> {
-        let below = self.segments.front().is_some_and(|segment| segment.taken && segment.end() <= oldest);
+        let below = self.segments.front().is_some_and(|segment| segment.taken && segment.end <= oldest);
         if below { self.segments.pop_front() } else { None }
     }
 }

@@ -4,15 +4,15 @@
 //! puts in front may have the length of the old one. So everything from the cut to the highest byte ever written is
 //! zeroed and synced, and later segments are removed, before the first new byte is accepted.
 
-use alloc::vec::Vec;
+use alloc::{boxed::Box, vec::Vec};
 
 use pgtypes::{FrameSummary, Lsn};
 use wal::Scanner;
 
 use crate::{
-    buffer::{Buffer, WRITE_BYTES_MAX},
+    buffer::Buffer,
     command::OpId,
-    segment::{BLOCK_BYTES, SEGMENT_BYTES},
+    segment::{BLOCK_BYTES, Geometry},
 };
 
 /// What is done at present.
@@ -21,7 +21,7 @@ pub(crate) enum Step {
     /// Operations that were begun before end first.
     Quiesce,
     /// Reads from a known record end up to the cut: what the records before it add up to must be known.
-    Scan { scanner: Scanner, next: Lsn },
+    Scan { scanner: Box<Scanner>, next: Lsn },
     /// Reads the block of the cut, the first bytes of which stay.
     ReadTail,
     /// Writes the block of the cut, and zeros from `next` on.
@@ -72,10 +72,10 @@ impl Truncation {
     }
 
     /// Length of the piece at `next`, which ends with its segment and with `until` rounded up to a block.
-    pub(crate) fn piece(next: Lsn, until: Lsn) -> usize {
+    pub(crate) fn piece(geometry: Geometry, next: Lsn, until: Lsn) -> usize {
         let wanted = until.bytes_since(next).next_multiple_of(BLOCK_BYTES);
-        let in_segment = SEGMENT_BYTES - next.offset_in(SEGMENT_BYTES);
-        wanted.min(in_segment).min(WRITE_BYTES_MAX as u64) as usize
+        let in_segment = geometry.segment_bytes - next.offset_in(geometry.segment_bytes);
+        wanted.min(in_segment).min(geometry.write_bytes_max as u64) as usize
     }
 
     /// The block of the cut as it has to be: what stays, then zeros.

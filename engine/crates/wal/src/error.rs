@@ -45,6 +45,10 @@ pub enum WalErrorKind {
     /// The rest of a segment behind `XLOG_SWITCH` is not zero.
     #[error("segment is not zero behind its switch record")]
     SwitchRest,
+    /// The bytes between a record and the next multiple of 8 are not zero. No checksum covers them, and PostgreSQL
+    /// always writes zeros (`AdvanceXLInsertBuffer`): what is left of a recycled segment behind a torn write.
+    #[error("padding behind a record is not zero")]
+    Padding,
     /// The checksum matches, but the record is not laid out as PostgreSQL 17 does.
     #[error("record layout: {0}")]
     Record(RecordFault),

@@ -340,6 +340,9 @@ impl Scanner {
                 Phase::Padding { record } => {
                     let left = self.position.align8().bytes_since(self.position) as usize;
                     let taken = left.min(in_page);
+                    if rest[..taken].iter().any(|byte| *byte != 0) {
+                        return Err(WalError { lsn: self.position, kind: WalErrorKind::Padding });
+                    }
                     rest = &rest[taken..];
                     self.position = self.position.advance(taken as u64);
                     if taken == left {
@@ -408,8 +411,10 @@ impl Scanner {
                 return fault(PageFault::SystemId { expected: expected.0, found: long.system_id.0 });
             }
         }
-        if header.timeline < self.page_timeline {
-            return fault(PageFault::Timeline { previous: self.page_timeline.0, found: header.timeline.0 });
+        // A record can begin a timeline in the middle of a page, the header of which keeps the old one.
+        let timeline = self.page_timeline.max(self.summary.timeline);
+        if header.timeline < timeline {
+            return fault(PageFault::Timeline { previous: timeline.0, found: header.timeline.0 });
         }
 
         // Only at the very start of a log may a page continue, or overwrite, a record that was not seen.

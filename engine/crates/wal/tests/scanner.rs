@@ -112,6 +112,20 @@ fn record_is_complete_only_with_its_padding() {
     assert_eq!(scanner.position(), scanner.summary().record_end);
 }
 
+/// A torn write over a recycled segment left a complete record with other bytes behind it: the logs of two safekeepers
+/// would have differed there.
+#[test]
+fn padding_behind_a_record_must_be_zero() {
+    let mut wal = writer();
+    let (_, before) = wal.append(noop(&[]));
+    wal.append(noop(&[1, 2, 3]));
+    let mut bytes = wal.bytes().to_vec();
+    *bytes.last_mut().unwrap() = 1;
+    let (error, summary) = scan_bad(&bytes);
+    assert_eq!(WalErrorKind::Padding, error.kind);
+    assert_eq!(before, summary.record_end);
+}
+
 #[test]
 fn switch_record_ends_with_the_segment() {
     let mut wal = writer();
@@ -303,6 +317,22 @@ fn timeline_rises_with_pages_and_recovery_records() {
     let (records, summary) = scan_good(&wal);
     assert_eq!([TIMELINE, PgTimeline(2)], [records[0].timeline, records[1].timeline]);
     assert_eq!(PgTimeline(2), summary.timeline);
+}
+
+/// A scanner that came through the record and one that was resumed behind it must judge the next page alike.
+#[test]
+fn page_of_an_older_timeline_is_refused_behind_a_recovery_record() {
+    let mut data = vec![0; 8];
+    data.extend(words(&[3, 1, 1]));
+    let mut wal = writer();
+    wal.append(RecordSpec { rmgr: rmgr::XLOG, info: xlog_info::END_OF_RECOVERY, xid: 0, payload: &main_data(&data) });
+    let behind = wal.position();
+    wal.append(noop(&main_data(&[7; 9000])));
+    let (error, summary) = scan_bad(wal.bytes());
+    let kind = WalErrorKind::PageHeader(PageFault::Timeline { previous: 3, found: 1 });
+    assert_eq!(WalError { lsn: Lsn(ORIGIN.0 + 8192), kind }, error);
+    let mut resumed = Scanner::resume(summary, SEGMENT);
+    assert_eq!(Err(error), scan(&mut resumed, &wal.bytes()[behind.bytes_since(ORIGIN) as usize..]).1);
 }
 
 fn checkpoint(timeline: u32, next_full_xid: u64) -> Vec<u8> {
