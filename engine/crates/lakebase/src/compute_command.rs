@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use compute::{Config, LogFormat};
+
 use crate::{CommandResult, start_log};
 
 #[derive(clap::Args)]
@@ -15,10 +17,10 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> CommandResult {
-    let config = compute::Config::load(&arguments.config)?;
+    let config = Config::load(&arguments.config)?;
     if arguments.check {
         return Ok(());
     }
-    start_log(config.log_format == compute::LogFormat::Json)?;
+    start_log(config.log_format == LogFormat::Json)?;
     Ok(compute::run_config(config)?)
 }

@@ -64,6 +64,13 @@ struct LogArguments {
 type CommandResult = Result<(), Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
+    // The agent's own helper, not a command for people: it forks, so nothing may run before it.
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, command, arguments @ ..] = words.as_slice()
+        && command == "compute-init"
+    {
+        return ExitCode::from(u8::try_from(compute::init_main(arguments)).unwrap_or(u8::MAX));
+    }
     let result = match Arguments::parse().command {
         Command::Safekeeper(arguments) => safekeeper_command::run(&arguments),
         Command::Compute(arguments) => compute_command::run(&arguments),
