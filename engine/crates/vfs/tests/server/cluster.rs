@@ -146,6 +146,13 @@ impl Cluster {
         Self::in_directory(directory, role)
     }
 
+    /// A cluster with a copy of the data of another one, whose server is stopped.
+    pub fn copy_of(other: &Cluster, name: &str, role: u32) -> Cluster {
+        let directory = Directory::new(name);
+        run(command("cp").arg("-a").arg(other.pgdata()).arg(directory.0.join("data")));
+        Self::in_directory(directory, role)
+    }
+
     fn in_directory(directory: Directory, role: u32) -> Cluster {
         let agent = Agent::new(role, SEGMENT_BYTES);
         let pgdata = directory.0.join("data");

@@ -140,8 +140,9 @@ fn waiting_backend_can_be_terminated() {
 
     signal(client.pid, libc::SIGTERM);
 
-    assert_eq!(Some(vec![]), client.bytes_within(PATIENCE));
-    assert!(within(PATIENCE, || !lives(client.pid)));
+    // Well before `lease_wait_timeout`, 60 s.
+    assert_eq!(Some(vec![]), client.bytes_within(PATIENCE / 4));
+    assert!(within(PATIENCE / 4, || !lives(client.pid)));
     server.agent().let_renew(true);
     assert_eq!("1", server.connect().value("SELECT 1"));
     assert!(server.runs());
@@ -179,4 +180,34 @@ fn encrypted_result_waits_for_the_lease() {
     std::io::Read::read_to_string(&mut output, &mut rest).unwrap();
     assert_eq!("\nanswered\n", rest);
     assert!(psql.wait().unwrap().success());
+}
+
+/// The WAL receiver talks to a server, not to a client: it streams without a lease, or a writer could not recover
+/// before its first one. What it writes is published as any WAL.
+#[test]
+fn wal_receiver_needs_no_lease() {
+    let mut upstream = Cluster::new("upstream", ROLE_REPLICA).start();
+    signal(upstream.process.id(), libc::SIGINT);
+    assert!(upstream.wait().success());
+    let standby = Cluster::copy_of(&upstream.cluster, "standby", ROLE_WRITER);
+    let upstream = upstream.restart();
+    let socket = upstream.cluster.pgdata();
+    let source = format!("primary_conninfo=host={} port={} user=postgres", socket.display(), upstream.port);
+    standby.write_file("standby.signal", "");
+    standby.agent.lose_lease();
+    let lease = standby.agent.area.lease_until_ns.load(SeqCst);
+    let standby = standby.set(&source).launch();
+    let mut client = upstream.connect();
+
+    let streams = within(PATIENCE, || client.value("SELECT count(*) FROM pg_stat_replication") == "1");
+    client.query("CREATE TABLE t AS SELECT n FROM generate_series(1, 10000) n");
+    let flushed = within(PATIENCE, || {
+        client.value("SELECT count(*) FROM pg_stat_replication WHERE flush_lsn >= pg_current_wal_lsn()") == "1"
+    });
+
+    assert!(streams && flushed, "{}", standby.cluster.log());
+    assert_eq!(lease, standby.agent().area.lease_until_ns.load(SeqCst));
+    let written = standby.agent().area.written();
+    assert!(written.written_lsn > crate::cluster::SEGMENT_BYTES && written.timeline == 1, "{written:x?}");
+    assert!(standby.agent().area.wal_flushes.load(SeqCst) > 0);
 }
