@@ -221,7 +221,6 @@ pub(crate) struct Start {
     pub(crate) control_sequence: u64,
     pub(crate) control_copy: Option<u8>,
     pub(crate) control_durable: bool,
-    pub(crate) tail: Vec<u8>,
     pub(crate) sync: Option<(Lsn, Lsn)>,
     pub(crate) orphans: Vec<Lsn>,
 }
@@ -263,7 +262,6 @@ impl Log {
                 control_sequence: 0,
                 control_copy: None,
                 control_durable: false,
-                tail: alloc::vec![0; start.record_end.offset_in(BLOCK_BYTES) as usize],
                 sync: None,
                 orphans: Vec::new(),
             },
@@ -286,7 +284,12 @@ impl Log {
         let mut log = Log {
             geometry: start.geometry,
             scanner,
-            planner: Planner::new(start.geometry, end.record_end, start.tail),
+            // What is in the block of the end is read by the truncation that precedes the first append.
+            planner: Planner::new(
+                start.geometry,
+                end.record_end,
+                alloc::vec![0; end.record_end.offset_in(BLOCK_BYTES) as usize],
+            ),
             segments: start.segments,
             control: ControlWriter::new(start.control_sequence, start.control_copy, durable),
             consumers: start.consumers,

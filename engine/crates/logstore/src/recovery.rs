@@ -4,8 +4,6 @@
 //! finds was written, but perhaps never synced: [`Log`] syncs it before anything is promised. Bytes behind the end are
 //! cut off before the first append (`truncation.rs`).
 
-use alloc::{vec, vec::Vec};
-
 use consensus::Acceptor;
 use pgtypes::{DiskId, Instant, LogId, Lsn};
 use thiserror::Error;
@@ -101,11 +99,9 @@ impl Log {
         let mut starts = reader.starts()?;
         starts.sort_unstable();
         let scanner = Scanner::resume(file.scan_start, file.identity.segment_bytes);
-        let mut scan =
-            Scan { geometry, starts: &starts, scanner: scanner.with_system_id(file.identity.system), tail: Vec::new() };
+        let mut scan = Scan { geometry, starts: &starts, scanner: scanner.with_system_id(file.identity.system) };
         let scan_end = scan.run(reader)?;
         let end = scan.scanner.summary();
-        let tail = scan.tail;
 
         // Segments of the log are those that hold a byte of [oldest, end).
         let log_start = file.identity.start.record_end;
@@ -137,7 +133,6 @@ impl Log {
             control_sequence: file.sequence,
             control_copy: Some(copy),
             control_durable: !differ,
-            tail,
             sync,
             orphans,
         };
@@ -160,8 +155,6 @@ struct Scan<'a> {
     geometry: Geometry,
     starts: &'a [Lsn],
     scanner: Scanner,
-    /// Bytes of the block of the last record end, up to it.
-    tail: Vec<u8>,
 }
 
 impl Scan<'_> {
@@ -183,14 +176,6 @@ impl Scan<'_> {
             refused = self.scanner.feed(&bytes[skipped..], |_| {}).err();
             next = next.advance(length as u64);
             wanted = write_bytes_max as u64;
-        }
-        let end = self.scanner.summary().record_end;
-        let block = end.floor(BLOCK_BYTES);
-        self.tail = vec![0; end.bytes_since(block) as usize];
-        if !self.tail.is_empty() && self.starts.binary_search(&end.floor(segment_bytes)).is_ok() {
-            let bytes = &mut buffer.as_bytes_mut()[..BLOCK_BYTES as usize];
-            reader.read(end.floor(segment_bytes), block.offset_in(segment_bytes), bytes)?;
-            self.tail.copy_from_slice(&bytes[..end.bytes_since(block) as usize]);
         }
         Ok(refused)
     }

@@ -609,7 +609,13 @@ fn one_life(seed: u64) {
 
         let mut sent = start.record_end;
         for _ in 0..random.below(40) {
-            let length = if same_lengths { [8, 40, 4_000][random.below(3) as usize] } else { random.below(9_000) };
+            // A record that ends with a block is where what was there before could be taken for its continuation.
+            let room = 4096 - wal.end().offset_in(4096) - if wal.end().offset_in(8192) == 0 { 24 } else { 0 };
+            let length = match random.below(3) {
+                _ if !same_lengths => random.below(9_000),
+                0 => [8, 40][random.below(2) as usize],
+                _ => room.checked_sub(24 + 5).filter(|length| *length > 255).unwrap_or(8),
+            };
             wal.record(term as u8, length as usize);
             // Appends may end inside records.
             let end = if random.one_in(3) { wal.end() } else { Lsn(sent.0 + random.below(wal.end().0 - sent.0 + 1)) };
