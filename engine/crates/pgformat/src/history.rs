@@ -119,7 +119,7 @@ fn parse_decimal(digits: &[u8]) -> Option<u32> {
 
 fn line(entry: &HistoryEntry) -> String {
     // A line break in the reason would begin an entry.
-    let reason = entry.reason.replace(['\n', '\r'], " ");
+    let reason = entry.reason.replace('\n', " ");
     format!("{}\t{}\t{}\n", entry.timeline.0, entry.end_lsn, reason)
 }
 

@@ -341,7 +341,9 @@ impl Scanner {
                     let left = self.position.align8().bytes_since(self.position) as usize;
                     let taken = left.min(in_page);
                     if rest[..taken].iter().any(|byte| *byte != 0) {
-                        return Err(WalError { lsn: self.position, kind: WalErrorKind::Padding });
+                        // The word that the padding is in, when the record's start was not seen.
+                        let lsn = if record { self.record.start } else { self.position.floor(8) };
+                        return Err(WalError { lsn, kind: WalErrorKind::Padding });
                     }
                     rest = &rest[taken..];
                     self.position = self.position.advance(taken as u64);

@@ -122,7 +122,7 @@ fn padding_behind_a_record_must_be_zero() {
     let mut bytes = wal.bytes().to_vec();
     *bytes.last_mut().unwrap() = 1;
     let (error, summary) = scan_bad(&bytes);
-    assert_eq!(WalErrorKind::Padding, error.kind);
+    assert_eq!(WalError { lsn: before, kind: WalErrorKind::Padding }, error);
     assert_eq!(before, summary.record_end);
 }
 
