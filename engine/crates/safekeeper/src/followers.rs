@@ -23,12 +23,12 @@ use consensus::message::TimelineEntry;
 use driver::{Closer, Event};
 use pgtypes::{LogId, Lsn, SystemId};
 
+use self::slots::SlotTable;
 pub use self::{
     admission::{Admission, Admitted, AdmittedDetached},
     metrics::FollowerMetrics,
     slots::{SLOT_NOT_RESERVED, SlotLimits, is_slot_name},
 };
-use self::slots::SlotTable;
 
 /// Followers of one core at a time, admitted or not. More are told so and closed; a lakebase has a handful.
 const FOLLOWERS_MAX: usize = 256;

@@ -216,7 +216,7 @@ impl Spares {
             };
             self.metrics.disk_free_bytes.set(free);
             let room = free >= self.headroom.saturating_add(SEGMENT_FILE_BYTES);
-            if room != !self.is_full() {
+            if room == self.is_full() {
                 self.set_full(!room);
                 if room {
                     notices.solved(FULL);

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use driver::{Connection, Detached};
-use identity::{Call, Caller, FollowerTls, Tls};
+use identity::{Call, Caller, FollowerTls, NotAllowed, Tls};
 use pgtypes::LogId;
 use wire::postgres::{
     ErrorReply, FrontendMessage, MessageReader, ProtocolError, Reply, Startup, StartupMessage, options_setting,
@@ -122,7 +122,8 @@ struct Wish {
     startup: Startup,
     /// User name without the log that may be part of it.
     user: String,
-    log: LogId,
+    /// An error is told only to someone who may follow: strangers shall not learn which logs there are.
+    log: Result<LogId, ErrorReply>,
 }
 
 impl Admission {
@@ -190,12 +191,12 @@ impl Admission {
             }
             let wish = wish(startup, logs).await?;
             let name = self.authenticate(&mut login, &wish).await?;
-            Ok((wish, name))
+            let application = wish.startup.parameter("application_name").unwrap_or_default().to_owned();
+            Ok((wish.log.map_err(Refusal::Told)?, name, application))
         };
         match result.await {
-            Ok((wish, name)) => {
-                let application = wish.startup.parameter("application_name").unwrap_or_default().to_owned();
-                Ok(Admitted { connection: login.connection, messages: login.messages, log: wish.log, name, application })
+            Ok((log, name, application)) => {
+                Ok(Admitted { connection: login.connection, messages: login.messages, log, name, application })
             }
             Err(refusal) => {
                 if let Refusal::Told(reply) = &refusal {
@@ -219,28 +220,26 @@ impl Admission {
                 .with_detail("Set sslmode to require or better verify-full.");
             return Err(Refusal::Told(reply));
         }
-        let caller = match (&login.tls, login.connection.peer_certificate()) {
-            (Some(_), Some(certificate)) => Some(Caller::of_certificate(Some(&certificate))),
-            _ => None,
+        let certified = match login.connection.peer_certificate() {
+            Some(certificate) => Some(Caller::of_certificate(Some(&certificate)).and_then(|caller| {
+                let Caller::Certified(peer) = caller else { return Err(NotAllowed::NoCertificate) };
+                let cluster = wish.log.as_ref().map_or(peer.cluster, |log| log.cluster);
+                peer.authorize(Call::Replicate, cluster).map(|()| peer)
+            })),
+            None => None,
         };
-        if let Some(Ok(Caller::Certified(peer))) = &caller
-            && peer.authorize(Call::Replicate, wish.log.cluster).is_ok()
-        {
-            return Ok(peer.name.clone());
+        if let Some(Ok(peer)) = certified {
+            return Ok(peer.name);
         }
         let Some(users_file) = &self.users_file else {
-            return match caller {
+            return match certified {
                 // TLS is off by the development flag, and so is the check of who is there.
                 None if self.tls.is_none() => Ok(wish.user.clone()),
-                None => Err(Refusal::told(
+                None | Some(Ok(_)) => Err(Refusal::told(
                     sqlstate::INVALID_AUTHORIZATION,
                     "a client certificate is required: no users file is configured for passwords",
                 )),
-                Some(certified) => {
-                    let why = certified.and_then(|caller| caller.authorize(Call::Replicate, wish.log.cluster)).err();
-                    let why = why.map_or_else(String::new, |why| why.to_string());
-                    Err(Refusal::told(sqlstate::INVALID_AUTHORIZATION, why))
-                }
+                Some(Err(why)) => Err(Refusal::told(sqlstate::INVALID_AUTHORIZATION, why.to_string())),
             };
         };
         let (path, user) = (users_file.clone(), wish.user.clone());
@@ -278,32 +277,26 @@ async fn wish(startup: Startup, logs: impl AsyncFnOnce() -> Vec<LogId>) -> Resul
         None => (name.to_owned(), None),
     };
     let in_options = startup.parameter("options").and_then(|options| options_setting(options, LOG_SETTING));
-    let logs = logs().await;
-    let log = match in_options.or(in_name) {
-        Some(text) => match text.parse() {
-            Ok(log) if logs.contains(&log) => log,
-            Ok(log) => {
-                return Err(Refusal::told(sqlstate::INVALID_CATALOG_NAME, format!("log \"{log}\" does not exist here")));
-            }
-            Err(_) => {
-                let message = format!("\"{text}\" does not name a log: expected <cluster>/<branch>");
-                return Err(Refusal::told(sqlstate::INVALID_CATALOG_NAME, message));
-            }
-        },
-        None => match logs[..] {
-            [log] => log,
-            [] => return Err(Refusal::told(sqlstate::INVALID_CATALOG_NAME, "this safekeeper has no log")),
-            _ => {
-                let detail = format!("Add options='-c {LOG_SETTING}=<cluster>/<branch>', or user=<name>@<cluster>/<branch>.");
-                let reply = ErrorReply::fatal(
-                    sqlstate::INVALID_CATALOG_NAME,
-                    "this safekeeper has more than one log: say which to follow",
-                );
-                return Err(Refusal::Told(reply.with_detail(detail)));
-            }
-        },
-    };
+    let log = choose(in_options.or(in_name), &logs().await);
     Ok(Wish { startup, user, log })
+}
+
+fn choose(named: Option<String>, logs: &[LogId]) -> Result<LogId, ErrorReply> {
+    let error = |message: String| ErrorReply::fatal(sqlstate::INVALID_CATALOG_NAME, message);
+    match (named, logs) {
+        (Some(text), _) => match text.parse() {
+            Ok(log) if logs.contains(&log) => Ok(log),
+            Ok(log) => Err(error(format!("log \"{log}\" does not exist here"))),
+            Err(_) => Err(error(format!("\"{text}\" does not name a log: expected <cluster>/<branch>"))),
+        },
+        (None, [log]) => Ok(*log),
+        (None, []) => Err(error("this safekeeper has no log".to_owned())),
+        (None, _) => {
+            let detail =
+                format!("Add options='-c {LOG_SETTING}=<cluster>/<branch>', or user=<name>@<cluster>/<branch>.");
+            Err(error("this safekeeper has more than one log: say which to follow".to_owned()).with_detail(detail))
+        }
+    }
 }
 
 impl Login {
@@ -416,10 +409,9 @@ impl Login {
 
         let answer = self.authentication_message().await?;
         let proof = exchange.finish(&answer).map_err(|error| match error {
-            ScramError::WrongPassword => Refusal::told(
-                sqlstate::INVALID_PASSWORD,
-                format!("password authentication failed for user \"{user}\""),
-            ),
+            ScramError::WrongPassword => {
+                Refusal::told(sqlstate::INVALID_PASSWORD, format!("password authentication failed for user \"{user}\""))
+            }
             broken => broken.into(),
         })?;
         let mut reply = Reply::new();

@@ -29,7 +29,11 @@ impl FollowerMetrics {
         let registry = registry.sub_registry_with_prefix("lakebase_safekeeper");
         registry.register("followers", "Open connections of followers", metrics.followers.clone());
         registry.register_with_unit("followed", "WAL sent to followers", Unit::Bytes, metrics.sent_bytes.clone());
-        registry.register("slots_expired", "Replication slots removed for lag or silence", metrics.slots_expired.clone());
+        registry.register(
+            "slots_expired",
+            "Replication slots removed for lag or silence",
+            metrics.slots_expired.clone(),
+        );
         registry.register("followers_refused", "Followers that were not let in", metrics.refused.clone());
         registry.register("slots", "Replication slots", metrics.slots.clone());
         metrics

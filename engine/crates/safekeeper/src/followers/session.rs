@@ -260,9 +260,8 @@ impl<L: FollowedLog> Session<L> {
                 let readable = self.log.readable_lsn();
                 let restart = found.as_ref().map(|(_, lsn)| *lsn).filter(|lsn| *lsn != SLOT_NOT_RESERVED);
                 let position = restart.map(|lsn| lsn.to_string());
-                let timeline = restart.map(|lsn| {
-                    self.log.with_timelines(|all| timelines::timeline_at(all, readable, lsn)).0.to_string()
-                });
+                let timeline = restart
+                    .map(|lsn| self.log.with_timelines(|all| timelines::timeline_at(all, readable, lsn)).0.to_string());
                 reply
                     .row_description(&[
                         text("slot_type"),

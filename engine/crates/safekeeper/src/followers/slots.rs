@@ -112,8 +112,7 @@ impl SlotTable {
         });
         let mut expired = Vec::new();
         for (slot, confirmed_lsn) in slots {
-            let usage =
-                self.usage.entry((id, slot.clone())).or_insert(Usage { session: None, last_used: now });
+            let usage = self.usage.entry((id, slot.clone())).or_insert(Usage { session: None, last_used: now });
             let lag = log.readable_lsn().bytes_since(confirmed_lsn);
             let silence = if usage.session.is_some() { Duration::ZERO } else { now.since(usage.last_used) };
             let why = if lag > self.limits.lag_bytes_max {

@@ -80,9 +80,13 @@ mod tests {
     #[test]
     fn ended_timelines_name_their_successor() {
         let switch = |end, next| Found::Historic(Switch { end_lsn: Lsn(end), next: PgTimeline(next) });
-        for (timeline, expected) in
-            [(1, switch(0x200, 2)), (2, switch(0x300, 4)), (4, Found::Current), (3, Found::Unknown), (5, Found::Unknown)]
-        {
+        for (timeline, expected) in [
+            (1, switch(0x200, 2)),
+            (2, switch(0x300, 4)),
+            (4, Found::Current),
+            (3, Found::Unknown),
+            (5, Found::Unknown),
+        ] {
             assert_eq!(expected, find(&history(), Lsn(0x400), PgTimeline(timeline)), "{timeline}");
         }
         assert_eq!(Found::Current, find(&history(), Lsn(0x200), PgTimeline(1)));
