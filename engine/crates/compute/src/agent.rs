@@ -162,6 +162,8 @@ pub struct Agent {
     grant: Option<Grant>,
     /// The term in which this writer was fenced last.
     fenced_term: Option<u64>,
+    /// PGDATA is a fresh copy of the base backup that no PostgreSQL has touched.
+    pristine: bool,
     stop_wishes: u32,
     sessions: u64,
     runs: u64,
@@ -193,6 +195,7 @@ impl Agent {
             metrics,
             grant,
             fenced_term: None,
+            pristine: false,
             stop_wishes: 0,
             sessions: 0,
             runs: 0,
@@ -237,6 +240,12 @@ impl Agent {
     fn wait_for_grant(&mut self, state: State) -> Result<Option<Grant>, AgentError> {
         self.core.send(CoreCommand::End)?;
         self.status.set_state(state);
+        if state == State::WaitingForGrant
+            && let Err(error) = self.restore_ahead()
+        {
+            // The attempt will say it again, if it is still so.
+            tracing::info!(%error, "the base backup cannot be restored ahead of the grant");
+        }
         loop {
             if self.stop_wishes > 0 {
                 return Ok(None);
@@ -309,6 +318,8 @@ impl Agent {
             incarnation,
             configuration: self.configured_members(),
         })?;
+        // While the votes are under way.
+        self.restore_ahead()?;
         let elected = match self.wait_for_election(grant)? {
             Ok(elected) => elected,
             Err(outcome) => return Ok(outcome),
@@ -318,6 +329,24 @@ impl Agent {
         self.status.facts().end_of_log = Some(elected.end_of_log.record_end);
         self.status.set_state(State::Recovering);
         self.recover_and_run(&elected)
+    }
+
+    /// Restores the base backup unless PGDATA may be used as it is; where the log ends does not matter for that.
+    fn restore_ahead(&mut self) -> Result<(), AttemptError> {
+        if self.data_dir.read_clean()?.is_none() {
+            self.restore_base()?;
+        }
+        Ok(())
+    }
+
+    fn restore_base(&mut self) -> Result<(), RestoreError> {
+        if !self.pristine {
+            let Settings { config, base, user, .. } = &self.settings;
+            let interrupted = &self.mailbox.interrupted;
+            restore::restore(&config.base_backup, base, &self.data_dir.pgdata(), user.as_ref(), interrupted)?;
+            self.pristine = true;
+        }
+        Ok(())
     }
 
     fn wait_for_election(&mut self, grant: Grant) -> Result<Result<Box<ElectedEvent>, Outcome>, AgentError> {
@@ -372,12 +401,12 @@ impl Agent {
         tracing::info!(?plan, "recovery");
         // Before anything changes PGDATA: from here on only a clean stop makes it trustworthy again.
         self.data_dir.remove_clean()?;
-        let user = self.settings.user.as_ref();
         if plan != Plan::Reuse {
-            restore::restore(&self.settings.config.base_backup, base, &pgdata, user, &self.mailbox.interrupted)?;
+            self.restore_base()?;
         }
+        self.pristine = false;
         if let Plan::Replay { .. } = plan {
-            restore::prepare_replay(&pgdata, &elected.timelines, user)?;
+            restore::prepare_replay(&pgdata, &elected.timelines, self.settings.user.as_ref())?;
         }
         self.status.facts().recovery = Some(match plan {
             Plan::Reuse => "reuse",

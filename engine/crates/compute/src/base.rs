@@ -9,7 +9,7 @@ use std::{
 
 use pgformat::{ControlFile, DatabaseState, WalLevel, segment_file_name};
 use pgtypes::{FrameSummary, Lsn, PgTimeline};
-use wal::{PAGE_BYTES, PageHeader, Scanner, WalError};
+use wal::{LONG_PAGE_HEADER_BYTES, PageHeader, Scanner, WalError};
 
 /// WAL read at once.
 const READ_BYTES: usize = 256 << 10;
@@ -112,7 +112,7 @@ pub fn segment_path(pgdata: &Path, timeline: PgTimeline, lsn: Lsn, segment_bytes
 }
 
 fn first_page_timeline(path: &Path) -> Result<PgTimeline, BaseError> {
-    let mut page = vec![0; PAGE_BYTES as usize];
+    let mut page = [0; LONG_PAGE_HEADER_BYTES];
     let file = File::open(path).map_err(|e| error(path, e))?;
     file.read_exact_at(&mut page, 0).map_err(|e| error(path, e))?;
     let header = PageHeader::parse(&page).ok_or_else(|| error(path, "no WAL page header"))?;

@@ -5,8 +5,8 @@
 //! postmaster's is SIGKILL, and the library turns those that backends set into SIGKILL, too (`docs/design`, B6: backends
 //! are process groups of their own and outlive the postmaster otherwise).
 //!
-//! Protocol over one inherited socket, agent to init: single bytes [`FAST`], [`IMMEDIATE`], [`KILL`]; end of file
-//! means that the agent is gone. Init to agent: lines `init PID`, `postmaster PID`, `exit STATUS`, `signal NUMBER`,
+//! Protocol over one inherited socket, agent to init: the length (u32, native) and JSON of an [`InitSpec`], then single
+//! bytes [`FAST`], [`IMMEDIATE`], [`KILL`]; end of file means that the agent is gone. Init to agent: lines `init PID`, `postmaster PID`, `exit STATUS`, `signal NUMBER`,
 //! `failed TEXT`.
 
 use std::{
@@ -23,6 +23,9 @@ pub const FAST: u8 = b'f';
 pub const IMMEDIATE: u8 = b'i';
 /// Kill every process.
 pub const KILL: u8 = b'k';
+
+/// Longest start order: the agent sends it before anybody reads, so it must fit into the socket's buffer (208 KiB by default).
+pub const SPEC_BYTES_MAX: usize = 64 << 10;
 
 /// Exit status of the init when PostgreSQL could not be started.
 const STATUS_FAILED: i32 = 125;
@@ -54,20 +57,18 @@ pub struct User {
     pub gid: u32,
 }
 
-/// What to run, as one JSON argument.
+/// What to run.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct InitSpec {
     /// How to hold it together.
     pub isolation: Isolation,
     /// Drop to this user first.
     pub user: Option<User>,
-    /// Inherited socket to the agent.
-    pub control_fd: i32,
     /// The program.
     pub program: PathBuf,
     /// Its arguments, without the program's name.
     pub arguments: Vec<String>,
-    /// Its whole environment.
+    /// Its environment beside that of the init.
     pub environment: Vec<(String, String)>,
     /// Its working directory.
     pub directory: PathBuf,
@@ -82,13 +83,16 @@ pub fn init_main(arguments: &[String]) -> i32 {
             Some(isolation) => i32::from(probe_here(isolation).is_err()),
             None => STATUS_FAILED,
         },
-        [spec] => match serde_json::from_str::<InitSpec>(spec) {
-            Ok(spec) => start(&spec),
-            Err(error) => {
-                eprintln!("compute-init: {error}");
-                STATUS_FAILED
+        [control] => {
+            let Ok(control) = control.parse().map(Control) else { return STATUS_FAILED };
+            match control.receive_spec() {
+                Ok(spec) => start(&spec, &control),
+                Err(error) => {
+                    eprintln!("compute-init: {error}");
+                    STATUS_FAILED
+                }
             }
-        },
+        }
         _ => {
             eprintln!("compute-init is started by `lakebase compute`");
             STATUS_FAILED
@@ -147,19 +151,18 @@ fn enter(isolation: Isolation) -> io::Result<()> {
     Ok(())
 }
 
-fn start(spec: &InitSpec) -> i32 {
-    let control = Control(spec.control_fd);
+fn start(spec: &InitSpec, control: &Control) -> i32 {
     // PostgreSQL inherits the descriptors of the area and the pipe, not this one. The session is its own, so that a
     // Ctrl-C at the agent's terminal reaches the agent only.
     // SAFETY: no pointers.
     unsafe {
-        libc::fcntl(spec.control_fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        libc::fcntl(control.0, libc::F_SETFD, libc::FD_CLOEXEC);
         libc::setsid();
     }
     reset_signals();
     let result = match spec.isolation {
-        Isolation::ProcessTree => enter(spec.isolation).and_then(|()| supervise(spec, &control)),
-        Isolation::PidNamespace | Isolation::UserNamespace => outside(spec, &control),
+        Isolation::ProcessTree => enter(spec.isolation).and_then(|()| supervise(spec, control)),
+        Isolation::PidNamespace | Isolation::UserNamespace => outside(spec, control),
     };
     result.unwrap_or_else(|error| {
         control.tell(&format!("failed {error}"));
@@ -284,6 +287,11 @@ fn execute(spec: &InitSpec) -> io::Error {
             arguments.push(text(argument.as_bytes())?);
         }
         let mut environment = Vec::new();
+        for (name, value) in std::env::vars_os() {
+            if !spec.environment.iter().any(|(added, _)| name == added.as_str()) {
+                environment.push(text(&[name.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat())?);
+            }
+        }
         for (name, value) in &spec.environment {
             environment.push(text(format!("{name}={value}").as_bytes())?);
         }
@@ -361,6 +369,29 @@ pub fn find_user(name: &str) -> io::Result<Option<User>> {
 struct Control(i32);
 
 impl Control {
+    /// The first message. The agent has sent it before it started this process.
+    fn receive_spec(&self) -> io::Result<InitSpec> {
+        let mut length = [0; 4];
+        self.receive(&mut length)?;
+        let length = u32::from_ne_bytes(length) as usize;
+        if length > SPEC_BYTES_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a start order of impossible length"));
+        }
+        let mut json = vec![0; length];
+        self.receive(&mut json)?;
+        serde_json::from_slice(&json).map_err(io::Error::other)
+    }
+
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<()> {
+        // SAFETY: the buffer is writable for its length.
+        let count = unsafe { libc::recv(self.0, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_WAITALL) };
+        match usize::try_from(count) {
+            Ok(count) if count == buffer.len() => Ok(()),
+            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(_) => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// One line to the agent. When the agent is gone there is nobody to tell, and the next wish says so.
     fn tell(&self, line: &str) {
         let line = format!("{}\n", line.replace('\n', " "));

@@ -20,7 +20,7 @@ use std::{
 use crate::{
     area::{owned, pipe},
     config::{IsolationChoice, PostgresLog},
-    isolation::{FAST, IMMEDIATE, InitSpec, Isolation, KILL, User, isolation_name},
+    isolation::{FAST, IMMEDIATE, InitSpec, Isolation, KILL, SPEC_BYTES_MAX, User, isolation_name},
     process_tree,
 };
 
@@ -124,13 +124,18 @@ impl Postgres {
         let spec = InitSpec {
             isolation: launch.isolation,
             user: launch.user.clone(),
-            control_fd: theirs.as_raw_fd(),
             program: launch.program.clone(),
             arguments,
-            environment: environment(&launch.environment),
+            environment: launch.environment.clone(),
             directory: launch.pgdata.clone(),
         };
-        let spec = serde_json::to_string(&spec).map_err(io::Error::other)?;
+        // Through the socket, not as an argument: `ps` shows arguments to everyone.
+        let spec = serde_json::to_vec(&spec).map_err(io::Error::other)?;
+        if spec.len() > SPEC_BYTES_MAX {
+            return Err(io::Error::other("postgres.parameters: too long"));
+        }
+        (&ours).write_all(&(spec.len() as u32).to_ne_bytes())?;
+        (&ours).write_all(&spec)?;
         let (stdout, stderr) = match &launch.log {
             LogTarget::File(path) => {
                 let file = OpenOptions::new().create(true).append(true).open(path)?;
@@ -145,7 +150,18 @@ impl Postgres {
         let mut passed = launch.inherited.clone();
         passed.extend([theirs.as_raw_fd(), alive_write.as_raw_fd()]);
         let mut command = Command::new(&launch.helper);
-        command.arg0("lakebase").args(["compute-init", &spec]).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        command
+            .arg0("lakebase")
+            .args(["compute-init", &theirs.as_raw_fd().to_string()])
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(stderr);
+        for (name, _) in std::env::vars_os() {
+            // What would reach PostgreSQL's own libpq, or the library.
+            if name.as_encoded_bytes().starts_with(b"PG") || name.as_encoded_bytes().starts_with(b"LAKEBASE_") {
+                command.env_remove(name);
+            }
+        }
         // SAFETY: the closure only calls fcntl, which is allowed between fork and exec.
         unsafe {
             command.pre_exec(move || {
@@ -294,16 +310,6 @@ fn wait_until_gone(alive: OwnedFd, killer: &KillSwitch) {
             tracing::error!(?left, "processes of PostgreSQL do not end although they were killed");
         }
     }
-}
-
-/// The agent's environment without what would reach PostgreSQL's own libpq or the library, and what is added.
-fn environment(added: &[(String, String)]) -> Vec<(String, String)> {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .filter(|(name, _)| !name.starts_with("PG") && !name.starts_with("LAKEBASE_"))
-        .filter(|(name, _)| !added.iter().any(|(other, _)| other == name))
-        .chain(added.iter().cloned())
-        .collect()
 }
 
 fn pidfd(pid: i32) -> io::Result<OwnedFd> {

@@ -69,13 +69,32 @@ pub fn restore(
     user: Option<&User>,
     interrupted: &AtomicBool,
 ) -> Result<(), RestoreError> {
-    match fs::remove_dir_all(pgdata) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(pgdata)(error)),
-        _ => {}
-    }
+    put_aside(pgdata)?;
     let copy = Copy { user, interrupted };
     copy.directory(source, pgdata, true)?;
     copy.wal(source, base, pgdata)
+}
+
+/// Renames `pgdata` away, which takes no time, and deletes it in the background: a thousand files take a second on a busy disk,
+/// and nobody should wait for that.
+fn put_aside(pgdata: &Path) -> Result<(), RestoreError> {
+    let old = pgdata.with_extension("old");
+    // Left over when an earlier deletion was cut short, or is still under way: then it is this thread that waits.
+    match fs::remove_dir_all(&old) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&old)(error)),
+        _ => {}
+    }
+    match fs::rename(pgdata, &old) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(at(pgdata)(error)),
+        Ok(()) => {}
+    }
+    let delete = move || {
+        if let Err(error) = fs::remove_dir_all(&old) {
+            tracing::debug!(%error, path = %old.display(), "the old data directory is deleted with the next restore");
+        }
+    };
+    std::thread::Builder::new().name("delete-pgdata".into()).spawn(delete).map(drop).map_err(at(pgdata))
 }
 
 struct Copy<'a> {
