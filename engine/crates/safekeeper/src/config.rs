@@ -6,6 +6,7 @@ use std::{
     net::ToSocketAddrs,
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use identity::TlsFiles;
@@ -15,8 +16,8 @@ use serde::{Deserialize, Deserializer, de};
 /// More cores than any machine has; a larger number is a typing error.
 const CORES_MAX: u16 = 1024;
 
-/// 64 spare segments are 1 GiB: enough for the largest disks, small enough to be an obvious bound.
-const SPARE_SEGMENTS_MAX: u16 = 64;
+/// 1,024 spare segments are 16 GiB: more than any process needs, small enough to notice a typing error.
+const SPARE_SEGMENTS_MAX: u16 = 1024;
 
 /// The whole file.
 #[derive(Clone, Debug, Deserialize)]
@@ -136,12 +137,23 @@ impl Default for CatchUpConfig {
 }
 
 /// `[replication]`.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct ReplicationConfig {
     /// File of lines `user:SCRAM-SHA-256$...` for followers without a certificate.
-    #[serde(default)]
     pub users_file: Option<PathBuf>,
+    /// A slot expires when it is so far behind.
+    #[serde(deserialize_with = "size")]
+    pub slot_lag_max: u64,
+    /// A slot expires when nobody has used it for so long.
+    #[serde(deserialize_with = "duration")]
+    pub slot_silence_max: Duration,
+}
+
+impl Default for ReplicationConfig {
+    fn default() -> Self {
+        Self { users_file: None, slot_lag_max: 64 << 30, slot_silence_max: Duration::from_secs(24 * 3600) }
+    }
 }
 
 /// The file cannot be used. The message says where and what to do.
@@ -253,6 +265,26 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     parse_size(&String::deserialize(deserializer)?).map_err(de::Error::custom)
 }
 
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
+/// Duration of a text as `24h`; units s, min, h, d.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a duration: expected a number with a unit, as in \"24h\"");
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit.trim_start() {
+        "s" => 1,
+        "min" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number = u64::from_str(number).map_err(|_| wrong())?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
+}
+
 /// Bytes of a text as `256MiB`; units KiB, MiB, GiB, TiB, or B.
 fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a size: expected a number with a unit, as in \"256MiB\"");
@@ -317,8 +349,9 @@ mod tests {
             ("mode = \"required\"", "mode = \"required\"\ni_know_this_is_insecure = true", "i_know_this_is_insecure"),
             ("ca = \"certs/ca.pem\"", "", "needs ca"),
             ("[tls]", "[disk]\nheadroom = \"256 apples\"\n[tls]", "headroom"),
-            ("[tls]", "[disk]\nspare_segments = 65\n[tls]", "spare_segments"),
+            ("[tls]", "[disk]\nspare_segments = 1025\n[tls]", "spare_segments"),
             ("[tls]", "[catch_up]\nrate = \"1KiB\"\n[tls]", "catch_up.rate"),
+            ("[tls]", "[replication]\nslot_silence_max = \"soon\"\n[tls]", "slot_silence_max"),
         ];
         for (good, bad, expected) in table {
             let message = parse(&GOOD.replacen(good, bad, 1)).unwrap_err();
@@ -331,6 +364,16 @@ mod tests {
         let (start, _) = GOOD.split_once("mode =").unwrap();
         let config = parse(&format!("{start}mode = \"off\"\ni_know_this_is_insecure = true")).unwrap();
         assert_eq!(None, config.tls.files().unwrap());
+    }
+
+    #[test]
+    fn durations() {
+        for (text, expected) in [("0s", 0), ("90s", 90), ("2 min", 120), ("24h", 86_400), ("7d", 604_800)] {
+            assert_eq!(Ok(Duration::from_secs(expected)), parse_duration(text));
+        }
+        for text in ["", "h", "1", "-1s", "1.5h", "1w", "99999999999999999d"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use futures_util::{StreamExt, future::Either};
 use pgtypes::{Instant, LogId};
 
 use crate::{
+    followers::Followers,
     log::LogDriver,
     process::{Job, Process},
 };
@@ -22,6 +23,8 @@ pub struct Core {
     pub process: Arc<Process>,
     /// Which core this is.
     pub index: usize,
+    /// Stock followers of its logs.
+    pub followers: Rc<Followers>,
     logs: RefCell<BTreeMap<LogId, Rc<LogDriver>>>,
     /// Logs that are being created or deleted.
     busy: RefCell<BTreeSet<LogId>>,
@@ -34,6 +37,7 @@ impl Core {
     /// A core without logs.
     pub fn new(process: Arc<Process>, index: usize) -> Rc<Self> {
         Rc::new(Self {
+            followers: Followers::new(process.admission.clone()),
             process,
             index,
             logs: RefCell::default(),

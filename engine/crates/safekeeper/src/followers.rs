@@ -2,13 +2,14 @@
 //!
 //! A follower is admitted ([`admission`]: TLS, which log, who it is), then served on the core that owns its log
 //! ([`session`]: commands; [`stream`]: the copy stream), and may hold WAL by a slot ([`slots`]). It sees committed WAL
-//! only. Knows nothing about `logstore`: a log is what [`FollowedLog`] says. `docs/formats/replication-protocol.md` says
+//! only. Knows nothing about `logstore`: a log is what [`FollowedLog`] says; [`shell`] ties both together. `docs/formats/replication-protocol.md` says
 //! what of PostgreSQL is served.
 
 mod admission;
 mod inbound;
 mod metrics;
 mod session;
+mod shell;
 mod slots;
 mod stream;
 mod timelines;
@@ -17,7 +18,15 @@ mod users;
 #[cfg(test)]
 mod tests;
 
-use std::{cell::RefCell, collections::BTreeMap, io, ops::Deref, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    io,
+    ops::Deref,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use consensus::message::TimelineEntry;
 use driver::{Closer, Event};
@@ -27,11 +36,15 @@ use self::slots::SlotTable;
 pub use self::{
     admission::{Admission, Admitted, AdmittedDetached},
     metrics::FollowerMetrics,
-    slots::{SLOT_NOT_RESERVED, SlotLimits, is_slot_name},
+    shell::{accept, keep_slots},
+    slots::SlotLimits,
 };
 
 /// Followers of one core at a time, admitted or not. More are told so and closed; a lakebase has a handful.
 const FOLLOWERS_MAX: usize = 256;
+
+/// How long a stopping core waits for followers to read their farewell.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why a follower gets no WAL. The text is for it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -76,8 +89,10 @@ pub trait FollowedLog: 'static {
     fn until<T>(&self, condition: impl FnMut() -> Option<T>) -> impl Future<Output = T>;
     /// Reads at least one byte and at most `max` from `begin` on, below [`FollowedLog::readable_lsn`].
     fn read(&self, begin: Lsn, max: usize) -> impl Future<Output = Result<Self::Bytes, FollowError>>;
-    /// Slots and what each has confirmed ([`SLOT_NOT_RESERVED`]: it holds nothing yet).
+    /// Slots and what each has confirmed: WAL below is not held for it.
     fn slots(&self) -> Vec<(String, Lsn)>;
+    /// What a slot has confirmed; `None` when there is no such slot.
+    fn slot(&self, name: &str) -> Option<Lsn>;
     /// Creates a slot or moves it. Durable within seconds; nobody waits for it. False when there are too many.
     fn set_slot(&self, name: &str, confirmed_lsn: Lsn) -> bool;
     /// Removes a slot; false when there was none.
@@ -106,8 +121,8 @@ pub struct Followers {
     admission: Arc<Admission>,
     slots: RefCell<SlotTable>,
     sessions: RefCell<BTreeMap<u64, SessionEntry>>,
-    next_session: RefCell<u64>,
-    stopping: RefCell<bool>,
+    next_session: Cell<u64>,
+    stopping: Cell<bool>,
     /// Set when the core stops or a slot expires.
     changed: Event,
 }
@@ -127,6 +142,7 @@ struct SessionGuard {
 impl Drop for SessionGuard {
     fn drop(&mut self) {
         self.followers.sessions.borrow_mut().remove(&self.number);
+        self.followers.changed.set();
         self.followers.admission.metrics.followers.dec();
     }
 }
@@ -138,8 +154,8 @@ impl Followers {
             slots: RefCell::new(SlotTable::new(admission.limits)),
             admission,
             sessions: RefCell::default(),
-            next_session: RefCell::new(1),
-            stopping: RefCell::new(false),
+            next_session: Cell::new(1),
+            stopping: Cell::new(false),
             changed: Event::new(),
         })
     }
@@ -189,22 +205,20 @@ impl Followers {
         self.admission.metrics.forget(log);
     }
 
-    /// Ends all sessions: those that stream say farewell, the others are closed.
-    pub fn stop(&self) {
-        self.stopping.replace(true);
+    /// Ends all sessions and waits for them: those that stream say farewell, the others are closed.
+    pub async fn stop(&self) {
+        self.stopping.set(true);
         for session in self.sessions.borrow().values() {
             if session.streaming.is_none() {
                 session.closer.close();
             }
         }
         self.changed.set();
-    }
-
-    /// Waits until no session is left.
-    pub async fn until_stopped(&self) {
-        while !self.sessions.borrow().is_empty() {
-            // Farewells are bounded by the limits of `stream`.
-            driver::sleep(std::time::Duration::from_millis(10)).await;
+        let left = self.changed.until(|| self.sessions.borrow().is_empty().then_some(()));
+        if driver::timeout(STOP_LIMIT, left).await.is_none() {
+            for session in self.sessions.borrow().values() {
+                session.closer.close();
+            }
         }
     }
 
@@ -214,7 +228,7 @@ impl Followers {
     }
 
     fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+        self.stopping.get()
     }
 
     /// A place for a session, `None` when all are taken or the core stops.
@@ -223,7 +237,7 @@ impl Followers {
         if sessions.len() >= FOLLOWERS_MAX || self.is_stopping() {
             return None;
         }
-        let number = self.next_session.replace_with(|number| *number + 1);
+        let number = self.next_session.replace(self.next_session.get() + 1);
         sessions.insert(number, SessionEntry { closer, streaming: None });
         self.admission.metrics.followers.inc();
         Some(SessionGuard { followers: self.clone(), number })

@@ -9,6 +9,7 @@ pub mod config;
 pub mod core;
 pub mod data_dir;
 pub mod files;
+pub mod followers;
 pub mod log;
 pub mod log_directory;
 pub mod metrics;

@@ -201,6 +201,7 @@ pub async fn delete(core: &Rc<Core>, log: LogId) -> io::Result<bool> {
         open.close(wire::append::ErrorCode::UnknownLog, "the log was deleted").await;
         open.files().close_idle();
     }
+    core.followers.forget(log);
     let directory = process.data_dir.log(log);
     let existed = driver::unblock({
         let directory = directory.clone();

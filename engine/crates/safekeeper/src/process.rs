@@ -14,7 +14,8 @@ use identity::{Caller, NotAllowed, Tls};
 use pgtypes::{ClusterId, DiskId, Instant, LogId, MemberId};
 
 use crate::{
-    api::DamagedLog, config::Config, core::Core, data_dir::DataDir, metrics::Metrics, notices::Notices, spares::Spares,
+    api::DamagedLog, config::Config, core::Core, data_dir::DataDir, followers::Admission, metrics::Metrics,
+    notices::Notices, spares::Spares,
 };
 
 /// Requests from other threads that wait for a core. At the bound the caller is told to try again.
@@ -50,6 +51,8 @@ pub struct Process {
     pub notices: Arc<Notices>,
     /// Pre-zeroed segments.
     pub spares: Arc<Spares>,
+    /// How stock followers are let in.
+    pub admission: Arc<Admission>,
     /// Bound of what is fetched from peers.
     pub catch_up_rate: RateLimit,
     /// Logs that could not be opened.
@@ -80,6 +83,8 @@ pub struct Parts {
     pub metrics: Metrics,
     /// See [`Process`].
     pub spares: Arc<Spares>,
+    /// See [`Process`].
+    pub admission: Arc<Admission>,
     /// One for each core.
     pub cores: Vec<mpsc::Sender<Job>>,
 }
@@ -87,8 +92,19 @@ pub struct Parts {
 impl Process {
     /// Puts the parts together.
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { config, data_dir, tls, driver, direct_io, append_port, replication_port, metrics, spares, cores } =
-            parts;
+        let Parts {
+            config,
+            data_dir,
+            tls,
+            driver,
+            direct_io,
+            append_port,
+            replication_port,
+            metrics,
+            spares,
+            admission,
+            cores,
+        } = parts;
         Arc::new(Self {
             catch_up_rate: RateLimit::new(config.catch_up.rate),
             config,
@@ -101,6 +117,7 @@ impl Process {
             metrics,
             notices: Arc::default(),
             spares,
+            admission,
             damaged: Mutex::default(),
             stopping: AtomicBool::new(false),
             cores,

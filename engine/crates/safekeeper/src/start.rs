@@ -13,6 +13,7 @@ use crate::{
     config::Config,
     core::Core,
     data_dir::{DataDir, DataDirError},
+    followers::{self, Admission, FollowerMetrics, SlotLimits},
     log_directory,
     metrics::Metrics,
     process::{JOBS_MAX, Job, Parts, Process},
@@ -99,6 +100,11 @@ async fn serve(
         .map_err(doing("take stock of the spare segments"))?;
     let channels = (0..config.cores).map(|_| mpsc::channel::<Job>(JOBS_MAX));
     let (senders, receivers): (Vec<_>, Vec<_>) = channels.unzip();
+    let limits =
+        SlotLimits { lag_bytes_max: config.replication.slot_lag_max, silence_max: config.replication.slot_silence_max };
+    let users_file = config.replication.users_file.clone();
+    let admission = Admission::new(tls.clone(), users_file, limits, FollowerMetrics::register(&mut registry))
+        .map_err(doing("draw random numbers"))?;
     let (admin_address, metrics_address) = (config.listen.admin.clone(), config.listen.metrics.clone());
     let process = Process::new(Parts {
         config,
@@ -110,25 +116,29 @@ async fn serve(
         replication_port,
         metrics,
         spares,
+        admission,
         cores: senders,
     });
 
     let (ready, mut all_ready) = mpsc::channel::<()>(receivers.len());
-    let mut append = Some(append);
+    let mut ports = Some((append, replication));
     let mut threads = Vec::new();
     for (index, jobs) in receivers.into_iter().enumerate() {
-        let (process, logs, append, mut ready) = (process.clone(), logs.clone(), append.take(), ready.clone());
+        let (process, logs, ports, mut ready) = (process.clone(), logs.clone(), ports.take(), ready.clone());
         let thread = driver::start_core(&format!("core-{index}"), move || async move {
             let core = Core::new(process, index);
             log_directory::recover_all(&core, &logs);
             driver::spawn(core.clone().run_timers());
-            if let Some(append) = append {
+            driver::spawn(followers::keep_slots(core.clone()));
+            if let Some((append, replication)) = ports {
                 driver::spawn(server::accept(core.clone(), Listener::attach(append)?));
+                driver::spawn(followers::accept(core.clone(), Listener::attach(replication)?));
             }
             // Fails only when nobody waits any more.
             let _ = ready.try_send(());
             drop(ready);
             core.run_jobs(jobs).await;
+            core.followers.stop().await;
             for log in core.logs() {
                 log.close(ErrorCode::Stopping, "this safekeeper is stopping").await;
             }
@@ -144,8 +154,6 @@ async fn serve(
             return join(threads).await;
         }
     }
-    // Until its followers are served, the port is closed rather than silent.
-    drop(replication);
     let admin =
         admin::serve(&admin_address, tls, admin_routes::router(process.clone())).map_err(doing("admin port"))?;
     let figures = admin::serve_metrics(&metrics_address, registry).map_err(doing("metrics port"))?;
@@ -155,6 +163,7 @@ async fn serve(
         %driver,
         direct_io,
         append_port,
+        replication_port,
         admin = %admin.address(),
         metrics = %figures.address(),
         logs = logs.len(),

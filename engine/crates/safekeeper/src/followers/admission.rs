@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use driver::{Connection, Detached};
-use identity::{Call, Caller, FollowerTls, NotAllowed, Tls};
+use identity::{Call, FollowerTls, NotAllowed, Tls, peer_of};
 use pgtypes::LogId;
 use wire::postgres::{
     ErrorReply, FrontendMessage, MessageReader, ProtocolError, Reply, Startup, StartupMessage, options_setting,
@@ -27,7 +27,7 @@ pub struct Admission {
     users_file: Option<PathBuf>,
     pub(super) limits: SlotLimits,
     pub(super) metrics: FollowerMetrics,
-    notices: Arc<Notices>,
+    notices: Notices,
     /// Makes up verifiers for users that do not exist.
     mock_secret: [u8; 32],
 }
@@ -137,11 +137,10 @@ impl Admission {
         users_file: Option<PathBuf>,
         limits: SlotLimits,
         metrics: FollowerMetrics,
-        notices: Arc<Notices>,
     ) -> std::io::Result<Arc<Self>> {
         let mut mock_secret = [0; 32];
         getrandom::fill(&mut mock_secret).map_err(|error| std::io::Error::other(error.to_string()))?;
-        Ok(Arc::new(Self { tls, users_file, limits, metrics, notices, mock_secret }))
+        Ok(Arc::new(Self { tls, users_file, limits, metrics, notices: Notices::default(), mock_secret }))
     }
 
     /// Whether a problem was not logged lately.
@@ -220,14 +219,11 @@ impl Admission {
                 .with_detail("Set sslmode to require or better verify-full.");
             return Err(Refusal::Told(reply));
         }
-        let certified = match login.connection.peer_certificate() {
-            Some(certificate) => Some(Caller::of_certificate(Some(&certificate)).and_then(|caller| {
-                let Caller::Certified(peer) = caller else { return Err(NotAllowed::NoCertificate) };
-                let cluster = wish.log.as_ref().map_or(peer.cluster, |log| log.cluster);
-                peer.authorize(Call::Replicate, cluster).map(|()| peer)
-            })),
-            None => None,
-        };
+        let certified = login.connection.peer_certificate().map(|certificate| {
+            let peer = peer_of(&certificate).map_err(NotAllowed::from)?;
+            let cluster = wish.log.as_ref().map_or(peer.cluster, |log| log.cluster);
+            peer.authorize(Call::Replicate, cluster).map(|()| peer)
+        });
         if let Some(Ok(peer)) = certified {
             return Ok(peer.name);
         }

@@ -8,10 +8,7 @@ use wire::postgres::{
     Column, ColumnType, Command, CommandError, ErrorReply, FrontendMessage, Reply, SlotKind, parse_command, sqlstate,
 };
 
-use super::{
-    Admitted, FollowedLog, Followers, SLOT_NOT_RESERVED, SessionError, inbound::Inbound, stream, timelines,
-    timelines::Found,
-};
+use super::{Admitted, FollowedLog, Followers, SessionError, inbound::Inbound, stream, timelines, timelines::Found};
 
 /// What a follower is told to talk to. The WAL is PostgreSQL 17's; of which minor release its writer is, no log says.
 const SERVER_VERSION: &str = concat!("17.0 (Lakebase ", env!("CARGO_PKG_VERSION"), ")");
@@ -243,8 +240,9 @@ impl<L: FollowedLog> Session<L> {
                     .data_row(&[Some(file_name.as_bytes()), Some(&contents)])
                     .command_complete("TIMELINE_HISTORY");
             }
-            Command::CreateSlot { slot, kind, reserve_wal } => {
-                self.create_slot(&slot, kind, reserve_wal)?;
+            // WAL is reserved in any case: a slot that holds none would be a name only.
+            Command::CreateSlot { slot, kind, reserve_wal: _ } => {
+                self.create_slot(&slot, kind)?;
                 reply
                     .row_description(&[
                         text("slot_name"),
@@ -256,11 +254,10 @@ impl<L: FollowedLog> Session<L> {
                     .command_complete("CREATE_REPLICATION_SLOT");
             }
             Command::ReadSlot { slot } => {
-                let found = self.log.slots().into_iter().find(|(name, _)| *name == slot);
+                let found = self.log.slot(&slot);
                 let readable = self.log.readable_lsn();
-                let restart = found.as_ref().map(|(_, lsn)| *lsn).filter(|lsn| *lsn != SLOT_NOT_RESERVED);
-                let position = restart.map(|lsn| lsn.to_string());
-                let timeline = restart
+                let position = found.map(|lsn| lsn.to_string());
+                let timeline = found
                     .map(|lsn| self.log.with_timelines(|all| timelines::timeline_at(all, readable, lsn)).0.to_string());
                 reply
                     .row_description(&[
@@ -269,7 +266,7 @@ impl<L: FollowedLog> Session<L> {
                         Column { name: "restart_tli", column_type: ColumnType::Int8 },
                     ])
                     .data_row(&[
-                        found.as_ref().map(|_| &b"physical"[..]),
+                        found.map(|_| &b"physical"[..]),
                         position.as_ref().map(String::as_bytes),
                         timeline.as_ref().map(String::as_bytes),
                     ])
@@ -317,17 +314,14 @@ impl<L: FollowedLog> Session<L> {
         fixed.into_iter().find(|(known, _)| *known == name).map(|(known, value)| (known, value.to_owned()))
     }
 
-    fn create_slot(&mut self, slot: &str, kind: SlotKind, reserve_wal: bool) -> Result<(), ErrorReply> {
-        if self.log.slots().iter().any(|(name, _)| name == slot) {
+    fn create_slot(&mut self, slot: &str, kind: SlotKind) -> Result<(), ErrorReply> {
+        if self.log.slot(slot).is_some() {
             let message = format!("replication slot \"{slot}\" already exists");
             return Err(ErrorReply::error(sqlstate::DUPLICATE_OBJECT, message));
         }
-        let confirmed_lsn = if reserve_wal {
-            // Clients round down to the start of a segment.
-            self.log.readable_lsn().floor(self.log.segment_bytes()).max(self.log.oldest_lsn())
-        } else {
-            SLOT_NOT_RESERVED
-        };
+        // Clients round down to the start of a segment.
+        let segment_start = self.log.readable_lsn().floor(self.log.segment_bytes());
+        let confirmed_lsn = segment_start.max(self.log.oldest_lsn());
         set_slot(&*self.log, slot, confirmed_lsn)?;
         self.followers.slots.borrow_mut().used(self.log.id(), slot, driver::now());
         if kind == SlotKind::Temporary {
@@ -394,8 +388,7 @@ impl<L: FollowedLog> Session<L> {
         let log = self.log.id();
         let acquired = self.followers.slots.borrow_mut().acquire(log, slot, self.number, driver::now());
         acquired.map_err(|_| slot_in_use(slot))?;
-        let known = self.log.slots().into_iter().find(|(name, _)| name == slot);
-        let held = known.map_or(SLOT_NOT_RESERVED, |(_, lsn)| lsn);
+        let held = self.log.slot(slot).unwrap_or(begin_lsn);
         // Also back: what the follower is about to read must stay.
         set_slot(&*self.log, slot, held.min(begin_lsn)).inspect_err(|_| self.release_slot(slot))
     }

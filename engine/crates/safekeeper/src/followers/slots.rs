@@ -5,12 +5,9 @@
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
-use pgtypes::{Instant, LogId, Lsn};
+use pgtypes::{Instant, LogId};
 
 use super::FollowedLog;
-
-/// Confirmed position of a slot that holds no WAL yet (created without `RESERVE_WAL`).
-pub const SLOT_NOT_RESERVED: Lsn = Lsn::MAX;
 
 /// When a slot expires.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,13 +16,6 @@ pub struct SlotLimits {
     pub lag_bytes_max: u64,
     /// So long without a connection.
     pub silence_max: Duration,
-}
-
-/// Whether a consumer of a log is a slot: PostgreSQL allows these characters in slot names, and every other consumer has
-/// another character in its name.
-pub fn is_slot_name(name: &str) -> bool {
-    (1..=wire::postgres::MAX_NAME_BYTES).contains(&name.len())
-        && name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_')
 }
 
 /// Why a slot expired.

@@ -20,7 +20,7 @@ use wire::postgres::{
 };
 
 use super::{
-    FollowError, FollowedLog, FollowerStatus, SLOT_NOT_RESERVED, SessionError,
+    FollowError, FollowedLog, FollowerStatus, SessionError,
     inbound::Inbound,
     session::{Session, Start},
     timelines::{self, Found, Switch},
@@ -165,13 +165,10 @@ fn confirm_slot<L: FollowedLog>(log: &L, slot: &str, flush_lsn: Lsn) {
     if !flush_lsn.is_valid() || flush_lsn > log.readable_lsn() {
         return;
     }
-    let held = log.slots().into_iter().find(|(name, _)| name == slot);
-    match held {
-        Some((_, lsn)) if lsn != SLOT_NOT_RESERVED && lsn >= flush_lsn => {}
-        // The slot exists, so there is room for it.
-        Some(_) => _ = log.set_slot(slot, flush_lsn),
-        // Expired or dropped: the sender notices.
-        None => {}
+    // A slot that expired or was dropped is not made again: the sender notices.
+    if log.slot(slot).is_some_and(|held| held < flush_lsn) {
+        // It exists, so there is room for it.
+        let _exists = log.set_slot(slot, flush_lsn);
     }
 }
 
@@ -297,7 +294,7 @@ impl<L: FollowedLog> Sender<'_, L> {
             return Some(Step::End(End::Error(error)));
         }
         if let Some(slot) = self.slot
-            && !self.log.slots().iter().any(|(name, _)| name == slot)
+            && self.log.slot(slot).is_none()
         {
             let message = format!("replication slot \"{slot}\" expired or was dropped");
             let error = ErrorReply::fatal(sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE, message);
