@@ -62,12 +62,14 @@ class Authority:
     def issue_with_subject(self, subject: str, name: str) -> Credentials:
         """Signs a certificate with any subject (`/O=.../CN=...`), which the engine's own command never would."""
         made = Credentials(name, *(self.directory / file for file in ("ca.pem", f"{name}.pem", f"{name}.key")))
-        request = self.directory / f"{name}.csr"
+        request, extensions = (self.directory / f"{name}.{kind}" for kind in ("csr", "ext"))
+        extensions.write_text("basicConstraints = CA:FALSE\nextendedKeyUsage = serverAuth, clientAuth\n")
         curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
         signer = ["-CA", str(self.directory / "ca.pem"), "-CAkey", str(self.directory / "ca.key"), "-CAcreateserial"]
+        output = ["-out", str(made.certificate), "-days", "2", "-extfile", str(extensions)]
         for line in (
             ["req", "-new", *curve, "-keyout", str(made.key), "-out", str(request), "-subj", subject],
-            ["x509", "-req", "-in", str(request), *signer, "-days", "2", "-out", str(made.certificate)],
+            ["x509", "-req", "-in", str(request), *signer, *output],
         ):
             subprocess.run(["openssl", *line], check=True, capture_output=True)
         return made
