@@ -204,6 +204,8 @@ impl Session {
             link.close();
         }
         state.wal = None;
+        self.surroundings.view.set_quorum(false);
+        self.surroundings.view.set_members(Vec::new());
         self.changed.set();
         self.ending.set();
     }
