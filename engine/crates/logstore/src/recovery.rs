@@ -48,6 +48,9 @@ pub enum RecoverError {
     /// A segment that the log should hold does not exist.
     #[error("the segment at {0} is missing")]
     MissingSegment(Lsn),
+    /// A sealed segment is not what was sealed: the log cannot end in it.
+    #[error("the segment at {0} is sealed, but its WAL is damaged")]
+    DamagedSegment(Lsn),
     /// A file cannot be read.
     #[error(transparent)]
     Read(#[from] ReadFailed),
@@ -102,6 +105,14 @@ impl Log {
         let mut scan = Scan { geometry, starts: &starts, scanner: scanner.with_system_id(file.identity.system) };
         let scan_end = scan.run(reader)?;
         let end = scan.scanner.summary();
+        // In an open segment damage looks like the torn end of the log; in a sealed one it can be told apart.
+        let mut at = end.record_end.floor(segment_bytes);
+        while at <= scan.scanner.position() && starts.binary_search(&at).is_ok() {
+            if has_trailer(reader, log, at, segment_bytes)? && at.advance(segment_bytes) > end.record_end {
+                return Err(RecoverError::DamagedSegment(at));
+            }
+            at = at.advance(segment_bytes);
+        }
 
         // Segments of the log are those that hold a byte of [oldest, end).
         let log_start = file.identity.start.record_end;

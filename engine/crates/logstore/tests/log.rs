@@ -477,6 +477,35 @@ fn missing_segment_is_refused() {
     assert!(matches!(node.recover(), Err(RecoverError::MissingSegment(START))));
 }
 
+/// Else damage would look like the end of the log, and what was acknowledged behind it would be forgotten.
+#[test]
+fn log_that_ends_in_a_sealed_segment_is_refused() {
+    let (mut node, mut writer) = elected_node(SMALL);
+    let mut begin = START;
+    while begin < START.advance(2 * SMALL.segment_bytes) {
+        let end = writer.record(3, 5_000).record_end;
+        node.append(ballot(1, 1), begin, writer.slice(begin, end), begin);
+        node.settle();
+        begin = end;
+    }
+    // A scan that starts in a sealed segment: the control file was last written before that was sealed.
+    let controls = node.disk.controls.clone();
+    while begin < START.advance(3 * SMALL.segment_bytes) {
+        let end = writer.record(3, 5_000).record_end;
+        node.append(ballot(1, 1), begin, writer.slice(begin, end), begin);
+        node.settle();
+        begin = end;
+    }
+    node.append(ballot(1, 1), begin, &[], begin);
+    node.settle();
+    node.disk.controls = controls;
+    let third = START.advance(2 * SMALL.segment_bytes);
+    assert!(node.log.segment(third).unwrap().sealed);
+    node.disk.segments.get_mut(&third).unwrap().get_mut(&5).unwrap()[77] ^= 1;
+
+    assert_eq!(Some(RecoverError::DamagedSegment(third)), node.recover().err());
+}
+
 #[test]
 fn disk_that_lost_its_segments_is_refused() {
     let (mut node, mut writer) = elected_node(SMALL);
