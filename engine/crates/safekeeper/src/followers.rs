@@ -181,10 +181,13 @@ impl Followers {
         drop(guard);
         match result {
             Ok(()) => tracing::debug!(log = %log_id, follower = name, "follower left"),
-            Err(error) if self.admission.is_new(&format!("follower {name} of {log_id}: {error}")) => {
-                tracing::warn!(log = %log_id, follower = name, %error, "follower's connection ended");
+            // Its machine or process died, which is its operator's business.
+            Err(SessionError::Io(error)) => tracing::info!(log = %log_id, follower = name, %error, "follower is gone"),
+            Err(error) => {
+                if self.admission.is_new(&format!("follower {name} of {log_id}: {error}")) {
+                    tracing::warn!(log = %log_id, follower = name, %error, "follower's connection ended");
+                }
             }
-            Err(error) => tracing::debug!(log = %log_id, follower = name, %error, "follower's connection ended"),
         }
     }
 
