@@ -517,7 +517,7 @@ impl Agent {
         let Some((ca, certificate, key)) =
             config.tls.files().filter(|_| config.tls.mode == crate::config::TlsMode::Required)
         else {
-            return Ok(settings::primary_conninfo(&hosts, &writer, None));
+            return Ok(settings::primary_conninfo(&hosts, config.log_id(), &writer, None));
         };
         // PostgreSQL's user may not read the agent's key, and libpq wants it to be that user's own.
         let user = self.settings.user.as_ref();
@@ -532,7 +532,7 @@ impl Agent {
             copies.push(copy.display().to_string());
         }
         let tls = ConninfoTls { ca: &copies[0], certificate: &copies[1], key: &copies[2] };
-        Ok(settings::primary_conninfo(&hosts, &writer, Some(tls)))
+        Ok(settings::primary_conninfo(&hosts, config.log_id(), &writer, Some(tls)))
     }
 
     /// Watches a running PostgreSQL until all its processes are gone.

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use pgtypes::LogId;
+
 /// Settings with one value only, each with the reason that a user reads when he sets it.
 const FIXED: &[(&str, &str, &str)] = &[
     ("fsync", "on", "it is what asks the engine to make WAL durable"),
@@ -186,12 +188,19 @@ pub struct ConninfoTls<'a> {
 }
 
 /// Connection string of the WAL receiver to `hosts` (host, port), tried in this order.
-pub fn primary_conninfo(hosts: &[(&str, u16)], application_name: &str, tls: Option<ConninfoTls<'_>>) -> String {
+pub fn primary_conninfo(
+    hosts: &[(&str, u16)],
+    log: LogId,
+    application_name: &str,
+    tls: Option<ConninfoTls<'_>>,
+) -> String {
     let join = |items: Vec<String>| items.join(",");
     let mut parameters = vec![
         conninfo_parameter("host", &join(hosts.iter().map(|(host, _)| (*host).to_owned()).collect())),
         conninfo_parameter("port", &join(hosts.iter().map(|(_, port)| port.to_string()).collect())),
         conninfo_parameter("user", "lakebase"),
+        // A safekeeper holds many logs.
+        conninfo_parameter("options", &format!("-c lakebase.log={log}")),
         conninfo_parameter("application_name", application_name),
         // libpq's smallest: below 2 s it waits 2 s (PQconnectPoll).
         conninfo_parameter("connect_timeout", "2"),
@@ -245,9 +254,9 @@ mod tests {
     #[test]
     fn conninfo_names_all_hosts_and_quotes_values() {
         let tls = ConninfoTls { ca: "/it's", certificate: "/c", key: "/k" };
-        let text = primary_conninfo(&[("a", 1), ("::1", 2)], "w", Some(tls));
+        let text = primary_conninfo(&[("a", 1), ("::1", 2)], LogId::default(), "w", Some(tls));
         assert!(text.contains("host='a,::1' port='1,2'"), "{text}");
         assert!(text.contains(r"sslrootcert='/it\'s'"), "{text}");
-        assert!(primary_conninfo(&[("a", 1)], "w", None).contains("sslmode='disable'"));
+        assert!(primary_conninfo(&[("a", 1)], LogId::default(), "w", None).contains("sslmode='disable'"));
     }
 }
