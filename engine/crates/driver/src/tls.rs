@@ -9,8 +9,9 @@ use compio::{BufResult, io::AsyncWriteExt, net::TcpStream};
 
 use crate::{Event, connection::receive};
 
-/// Ciphertext taken in by one receive: four records of the largest size.
-const RECEIVE_BYTES: usize = 64 << 10;
+/// Ciphertext taken in by one receive: a heartbeat on an idle connection, or sixteen records of the largest size. Follows
+/// the traffic, so that a thousand idle connections cost little memory.
+const RECEIVE_BYTES: (usize, usize) = (4 << 10, 256 << 10);
 
 /// Plaintext that is encrypted before its ciphertext is sent: bounds what rustls keeps.
 const ENCRYPT_BYTES: usize = 256 << 10;
@@ -21,6 +22,8 @@ pub(crate) struct Tls {
     /// Ciphertext that was received and not yet given to rustls is `received[consumed..]`.
     received: RefCell<Vec<u8>>,
     consumed: Cell<usize>,
+    /// Capacity for the next receive.
+    receive_bytes: Cell<usize>,
     /// Plaintext bytes given to rustls since ciphertext was last taken out.
     unsent: Cell<usize>,
     /// Whether a task sends ciphertext. Records must leave in the order in which rustls made them.
@@ -58,6 +61,7 @@ impl Tls {
             session: RefCell::new(session),
             received: RefCell::new(received),
             consumed: Cell::new(0),
+            receive_bytes: Cell::new(RECEIVE_BYTES.0),
             unsent: Cell::new(0),
             sending: Cell::new(false),
             cut: Cell::new(false),
@@ -183,8 +187,17 @@ impl Tls {
         debug_assert_eq!(buffer.len(), self.consumed.get(), "ciphertext is received only when none is left");
         buffer.clear();
         self.consumed.set(0);
-        buffer.reserve(RECEIVE_BYTES);
+        let wanted = self.receive_bytes.get();
+        if buffer.capacity() > 2 * wanted {
+            buffer = Vec::new();
+        }
+        buffer.reserve_exact(wanted);
         let (result, buffer) = receive(stream, buffer).await;
+        if buffer.len() == buffer.capacity() {
+            self.receive_bytes.set((wanted * 4).min(RECEIVE_BYTES.1));
+        } else if buffer.len() < wanted / 16 {
+            self.receive_bytes.set((wanted / 2).max(RECEIVE_BYTES.0));
+        }
         self.received.replace(buffer);
         result
     }

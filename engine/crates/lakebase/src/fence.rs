@@ -40,7 +40,7 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
     for safekeeper in &safekeepers {
         match client.call::<Fenced>(Method::POST, safekeeper.url, &path, Some(&body)) {
             Ok(answer) => {
-                fenced.push(safekeeper.status.disk);
+                fenced.push((safekeeper.status.disk, answer.generation));
                 answers.push((safekeeper.status.member, answer));
             }
             Err(error) => eprintln!("{error}"),
@@ -60,8 +60,12 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
             );
         }
     }
-    let behind = answers.iter().any(|(_, answer)| answer.generation != configuration.generation.0);
-    if !is_majority(&configuration, &fenced) || behind {
+    // A fence under an older configuration does not count for majorities of a newer one.
+    let counted: Vec<_> = fenced
+        .into_iter()
+        .filter_map(|(disk, generation)| (generation >= configuration.generation.0).then_some(disk))
+        .collect();
+    if !is_majority(&configuration, &counted) {
         return Err(format!(
             "term {} is NOT granted: no majority of generation {} is fenced; repeat the command with the same term and writer",
             arguments.term, configuration.generation.0

@@ -137,9 +137,14 @@ impl LogDriver {
         self.changed.until(|| condition(&self.machine.borrow())).await
     }
 
-    /// Waits until the machine has room for more WAL, so that memory stays bounded while the disk is slow.
+    /// Waits until the machine has room for more WAL, so that memory stays bounded while the disk is slow. A log that takes
+    /// no more has room: it refuses.
     pub async fn until_room(&self) {
-        self.changed.until(|| (self.closed.get() || self.machine.borrow().has_room()).then_some(())).await;
+        let condition = || {
+            let machine = self.machine.borrow();
+            self.closed.get() || machine.has_room() || machine.is_failed()
+        };
+        self.changed.until(|| condition().then_some(())).await;
     }
 
     /// Replies to `connection` go to `outbox` from now on.

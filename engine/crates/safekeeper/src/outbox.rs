@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 
 use driver::{Closer, Event, Writer};
-use wire::append::{Message, WireError, encode};
+use wire::append::{Message, encode};
 
 /// Bytes that may wait. Replies have a few dozen bytes each, so a peer above it has stopped reading for good: its
 /// connection is closed.
@@ -35,17 +35,15 @@ impl Outbox {
         let result = encode(message, &mut waiting);
         let overflow = waiting.len() > WAITING_BYTES_MAX;
         drop(waiting);
-        if let Err(error) = &result {
+        match result {
             // A configuration or a history too large for a frame: nothing smaller would be true.
-            tracing::error!(%error, "reply cannot be encoded; closing the connection");
+            Err(error) => tracing::error!(%error, "reply cannot be encoded; closing the connection"),
+            Ok(()) if overflow => {
+                tracing::warn!(bytes = WAITING_BYTES_MAX, "peer does not read its replies; closing the connection");
+            }
+            Ok(()) => return self.changed.set(),
         }
-        if overflow {
-            tracing::warn!(bytes = WAITING_BYTES_MAX, "peer does not read its replies; closing the connection");
-        }
-        if overflow || matches!(result, Err(WireError::TooLong { .. } | WireError::BadValue { .. })) {
-            self.abort();
-        }
-        self.changed.set();
+        self.abort();
     }
 
     /// Sends what is queued, then lets [`Outbox::send_all`] end.
