@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lakebase_testing.environment import scratch
-
 from bench.report import Row, compare
 from bench.servers import Stock, lakebase, pgbench
+from lakebase_testing.environment import scratch
 
 ROUNDS = 3
 SECONDS = 8

@@ -3,10 +3,9 @@
 import uuid
 from pathlib import Path
 
+from bench.report import Row, fact
 from lakebase_testing.admin import Json
 from lakebase_testing.cluster import LocalCluster, Safekeeper
-
-from bench.report import Row, fact
 
 LOGS = 1000
 
@@ -31,6 +30,7 @@ def _create(safekeeper: Safekeeper, like: Json) -> None:
 def measure() -> list[Row]:
     """Creates 1,000 logs beside the first; nothing is ever appended to any of them."""
     with LocalCluster(members=1, tls=False) as cluster:
+        cluster.expect_log("TLS is off")
         safekeeper = cluster.safekeepers[0]
         one = _resident_kib(safekeeper.process.pid)
         like = safekeeper.log_status()

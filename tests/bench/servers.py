@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
+
 from lakebase_testing.cluster import LocalCluster, Writer
 from lakebase_testing.environment import environment, give_to_postgres, is_root, scratch
 from lakebase_testing.postgres import StockServer, base_backup, run_as_postgres

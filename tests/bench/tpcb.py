@@ -3,10 +3,10 @@
 from contextlib import ExitStack
 
 import psycopg
-from lakebase_testing.postgres import parse_lsn
 
 from bench.report import Row, compare
 from bench.servers import Stock, initialise, lakebase, pgbench
+from lakebase_testing.postgres import parse_lsn
 
 ROUNDS = 4
 SECONDS = 12
