@@ -129,7 +129,9 @@ def test_a_new_empty_member_takes_the_place_of_a_lost_one() -> None:
         with Inserters(writer.dsn) as inserters:
             wait_for("100 acknowledgements", lambda: inserters.count() >= 100)
             members = ",".join(str(safekeeper.member) for safekeeper in cluster.safekeepers)
-            cluster.command("membership", "change", *cluster.safekeeper_arguments(), *cluster.log_arguments(), "--to", members)
+            cluster.command(
+                "membership", "change", *cluster.safekeeper_arguments(), *cluster.log_arguments(), "--to", members
+            )
             wait_for("the new member to hold the log", lambda: added.log_status()["flush_lsn"] != "0/0")
             wait_for("100 acknowledgements", lambda: inserters.count() >= 200)
             cluster.safekeepers[0].kill()

@@ -33,6 +33,8 @@ from lakebase_testing.process import Process
 from lakebase_testing.waiting import wait_for
 
 NAME = "demo"
+# What a cluster is made of; nothing else is ever looked for, or ended, among the machine's processes.
+_PROGRAMS = frozenset({"lakebase", "postgres", "pg_receivewal"})
 
 
 class Safekeeper:
@@ -61,7 +63,8 @@ class Safekeeper:
     def configuration(self) -> str:
         """The text of safekeeper.toml."""
         listen = "\n".join(f'{key} = "127.0.0.1:{port}"' for key, port in self.ports.items())
-        users = self._cluster.directory / "users"
+        # Without TLS, and so without certificates, the agent's own WAL receiver could show nobody but a password.
+        users = f'users_file = "{self._cluster.directory / "users"}"' if self._cluster.operator else ""
         return f"""
 member = {self.member}
 data_dir = "{self.data}"
@@ -78,7 +81,7 @@ headroom = "{self._cluster.headroom}"
 spare_segments = 2
 
 [replication]
-users_file = "{users}"
+{users}
 """
 
     def start(self) -> None:
@@ -335,9 +338,9 @@ class LocalCluster:
                 process.kill()
         # A killed agent takes PostgreSQL with it; the kernel needs a moment for many backends.
         try:
-            wait_for("the end of all children", lambda: not procfs.users_of(self.directory), 15)
+            wait_for("the end of all children", lambda: not procfs.users_of(self.directory, _PROGRAMS), 15)
         except AssertionError:
-            left = {pid: procfs.command_line(pid) for pid in procfs.users_of(self.directory)}
+            left = {pid: procfs.command_line(pid) for pid in procfs.users_of(self.directory, _PROGRAMS)}
             for pid in left:
                 procfs.send_signal(pid, signal.SIGKILL)
             return list(left.values())

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -44,20 +45,26 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def users_of(directory: Path) -> list[int]:
-    """Returns the processes that work below `directory` or name it in their command line, without ourselves."""
+def program(pid: int) -> str:
+    """Returns the file name of the program that a process runs, empty when it is gone or not ours to see."""
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""
+
+
+def users_of(directory: Path, programs: Collection[str]) -> list[int]:
+    """Returns the processes of these programs that work below `directory` or name it in their command line."""
     needle = str(directory)
     found: list[int] = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if not entry.name.isdigit() or program(int(entry.name)) not in programs:
             continue
         try:
             where = str((entry / "cwd").readlink())
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             where = ""
-        if state(int(entry.name)) not in (None, "Z") and (
-            where == needle or where.startswith(needle + "/") or needle in command_line(int(entry.name))
-        ):
+        if where == needle or where.startswith(needle + "/") or needle in command_line(int(entry.name)):
             found.append(int(entry.name))
     return found
 
