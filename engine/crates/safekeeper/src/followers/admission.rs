@@ -11,13 +11,11 @@ use wire::postgres::{
     sqlstate,
 };
 
-use super::{FollowerMetrics, SessionError, SlotLimits, users};
+use super::{FollowerMetrics, SessionError, SlotLimits, inbound, users};
 use crate::notices::Notices;
 
 /// From the first byte to the login (PostgreSQL's `authentication_timeout`).
 const LOGIN_LIMIT: Duration = Duration::from_secs(60);
-/// How long a refused client may take to read why.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 /// Setting in the startup parameter `options` that names the log: `-c lakebase.log=<cluster>/<branch>`.
 const LOG_SETTING: &str = "lakebase.log";
 
@@ -197,12 +195,7 @@ impl Admission {
             Ok((log, name, application)) => {
                 Ok(Admitted { connection: login.connection, messages: login.messages, log, name, application })
             }
-            Err(refusal) => {
-                if let Refusal::Told(reply) = &refusal {
-                    login.farewell(reply).await;
-                }
-                Err(refusal)
-            }
+            Err(refusal) => Err(login.refuse(refusal).await),
         }
     }
 
@@ -324,9 +317,11 @@ impl Login {
         }
     }
 
-    async fn refuse(mut self, refusal: Refusal) -> Refusal {
+    /// Tells the client why it is not let in.
+    async fn refuse(self, refusal: Refusal) -> Refusal {
         if let Refusal::Told(reply) = &refusal {
-            self.farewell(reply).await;
+            let (mut reader, mut writer) = self.connection.into_split();
+            inbound::refuse(&mut reader, &mut writer, reply).await;
         }
         refusal
     }
@@ -366,22 +361,6 @@ impl Login {
     async fn send_bytes(&mut self, bytes: Vec<u8>) -> Result<(), Refusal> {
         let (result, _) = self.connection.write_all(bytes).await;
         Ok(result?)
-    }
-
-    /// Tells the client why it is refused, and waits for it to close, so that it can read it.
-    async fn farewell(&mut self, error: &ErrorReply) {
-        let mut reply = Reply::new();
-        reply.error(error);
-        let farewell = async {
-            self.send(reply).await?;
-            // What a client still sends is read and thrown away: closing with unread bytes would reset the connection.
-            loop {
-                self.messages = MessageReader::new();
-                self.receive().await?;
-            }
-        };
-        // Whether it read the text or not: the connection is closed.
-        let _told: Option<Result<(), Refusal>> = driver::timeout(FAREWELL_LIMIT, farewell).await;
     }
 
     async fn scram(&mut self, verifier: Verifier, user: &str) -> Result<(), Refusal> {

@@ -52,10 +52,11 @@ pub(super) async fn run<L: FollowedLog>(
 ) -> Result<(), SessionError> {
     let Admitted { connection, messages, log: log_id, name, application } = admitted;
     let (reader, mut writer) = connection.into_split();
-    let inbound = Inbound::new(reader, messages);
+    let mut inbound = Inbound::new(reader, messages);
     let Some(log) = log.filter(|log| !log.is_closed()) else {
         let message = format!("log \"{log_id}\" does not exist here");
-        return refuse(&mut writer, &ErrorReply::fatal(sqlstate::INVALID_CATALOG_NAME, message)).await;
+        let error = ErrorReply::fatal(sqlstate::INVALID_CATALOG_NAME, message);
+        return inbound.refuse(&mut writer, &error).await;
     };
     let mut session = Session {
         followers: followers.clone(),
@@ -70,16 +71,6 @@ pub(super) async fn run<L: FollowedLog>(
     let result = session.run().await;
     session.drop_temporary_slots();
     result
-}
-
-/// Tells the client why the connection ends.
-async fn refuse(writer: &mut Writer, error: &ErrorReply) -> Result<(), SessionError> {
-    let mut reply = Reply::new();
-    reply.error(error);
-    let (result, _) = writer.write_all(reply.into_bytes()).await;
-    result?;
-    writer.shutdown().await?;
-    Err(SessionError::Refused(error.message.clone()))
 }
 
 impl<L: FollowedLog> Session<L> {
@@ -116,7 +107,7 @@ impl<L: FollowedLog> Session<L> {
                 Ok(None) => continue,
                 Err(error) => {
                     let reply = ErrorReply::fatal(sqlstate::PROTOCOL_VIOLATION, error.to_string());
-                    return refuse(&mut self.writer, &reply).await;
+                    return self.inbound.refuse(&mut self.writer, &reply).await;
                 }
             };
             let outcome = match message {
@@ -145,7 +136,7 @@ impl<L: FollowedLog> Session<L> {
                 FrontendMessage::CopyData(_) | FrontendMessage::CopyDone | FrontendMessage::CopyFail => continue,
                 FrontendMessage::Authentication(_) => {
                     let reply = ErrorReply::fatal(sqlstate::PROTOCOL_VIOLATION, "unexpected authentication message");
-                    return refuse(&mut self.writer, &reply).await;
+                    return self.inbound.refuse(&mut self.writer, &reply).await;
                 }
             };
             match outcome {

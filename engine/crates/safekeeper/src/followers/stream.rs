@@ -280,8 +280,13 @@ impl<L: FollowedLog> Sender<'_, L> {
     }
 
     fn ready(&self) -> Option<Step> {
-        if let Some(error) = self.shared.failed.borrow_mut().take() {
-            return Some(Step::End(End::Broken(error)));
+        match self.shared.failed.take() {
+            None => {}
+            Some(SessionError::Protocol(error)) => {
+                let error = ErrorReply::fatal(sqlstate::PROTOCOL_VIOLATION, error.to_string());
+                return Some(Step::End(End::Error(error)));
+            }
+            Some(error) => return Some(Step::End(End::Broken(error))),
         }
         if self.shared.received_all.get() {
             return Some(Step::End(End::Client));
