@@ -120,6 +120,22 @@ def repeat(cluster: LocalCluster, writer: Writer, source: random.Random, *, agen
     return before, after
 
 
+def control(writer: Writer) -> int:
+    """The same clients over a short freeze without a fence: returns the bytes after the thaw, which must not be zero."""
+    readers = [Reader(writer) for _ in range(_CLIENTS)]
+    try:
+        wait_for("answers to flow", lambda: all(reader.arrivals for reader in readers))
+        frozen = writer.process.freeze_tree()
+        hold(_FROZEN_SECONDS)
+        thawed_at = now()
+        thaw_all(frozen)
+        hold(_LISTEN_SECONDS)
+        return min(reader.bytes_between(thawed_at, now()) for reader in readers)
+    finally:
+        for reader in readers:
+            reader.close()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="chaos.fenced_reads", description=__doc__)
@@ -135,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with LocalCluster() as cluster:
             cluster.expect_log("WARN", "ERROR")
-            cluster.start_writer()
+            after = control(cluster.start_writer())
+            checks.at_least("bytes to each client after a thaw that was not fenced (the control)", after, 1)
             for number in range(options.repetitions):
                 before, after = repeat(cluster, cluster.writers[-1], source, agent_first=number % 2 == 0)
                 silent += before == 0

@@ -42,7 +42,7 @@ class Plan:
     @property
     def faults_per_kind(self) -> int:
         """How often each kind must happen."""
-        return self.minimum(_LONG_FAULTS_PER_KIND, 1)
+        return self.minimum(_LONG_FAULTS_PER_KIND, 2)
 
     @property
     def changes(self) -> int:
@@ -135,13 +135,14 @@ def run(plan: Plan, *, no_io_uring: bool = False) -> Checks:
     with LocalCluster(wrapper=without_io_uring() if no_io_uring else ()) as cluster:
         cluster.expect_log("WARN", "ERROR")
         state = Run(plan, cluster)
+        # Into an empty directory pg_receivewal stores from the present end on: so before there is anything.
+        receiver = Receiver(cluster)
+        receiver.start()
         state.writer = cluster.start_writer(_SETTINGS)
         Pgbench.initialise(state.writer.dsn(), scale=5)
         with state.writer.connect() as connection:
             create_table(connection)
             connection.execute("create extension amcheck")
-        receiver = Receiver(cluster)
-        receiver.start()
         schedule = plan.schedule(state.source)
         state.started = time.monotonic()
         with (
