@@ -603,22 +603,25 @@ impl Agent {
 
     /// Marks PGDATA as reusable if it ends exactly where the committed log does.
     fn mark_clean(&mut self, ballot: Ballot) -> Result<(), AgentError> {
+        let local = match base::inspect(&self.data_dir.pgdata()) {
+            Ok(local) => local.end.record_end,
+            // A server stopped while it replayed, or without a checkpoint: it starts from the base backup again.
+            Err(error) => {
+                tracing::info!(%error, "PostgreSQL's data cannot be used again");
+                return Ok(());
+            }
+        };
         let (reply, answer) = sync_channel(1);
         self.core.send(CoreCommand::Finish { limit: FINISH_LIMIT, reply })?;
-        let committed = answer.recv().map_err(|_| CoreEnded)?;
-        let pgdata = self.data_dir.pgdata();
-        match (base::inspect(&pgdata), committed) {
-            (Ok(local), Some(end)) if local.end.record_end == end => {
+        match answer.recv().map_err(|_| CoreEnded)? {
+            Some(end) if end == local => {
                 let log = self.settings.config.log_id();
                 self.data_dir.write_clean(CleanMark { log, ballot, end })?;
                 tracing::info!(%end, "PostgreSQL was shut down cleanly; its data can be used again");
             }
-            (Ok(local), committed) => {
-                let end = local.end.record_end;
-                tracing::info!(%end, ?committed, "the shutdown checkpoint is not the committed end of the log");
+            committed => {
+                tracing::info!(end = %local, ?committed, "the shutdown checkpoint is not the committed end of the log");
             }
-            // A server stopped while it replayed is in another state: it starts from the base backup again.
-            (Err(error), _) => tracing::info!(%error, "PostgreSQL's data cannot be used again"),
         }
         Ok(())
     }

@@ -11,10 +11,10 @@ mod config;
 mod core;
 mod data_dir;
 mod framer;
-mod isolation;
+pub mod isolation;
 mod link;
 mod metrics;
-mod postgres;
+pub mod postgres;
 mod process_tree;
 mod recovery;
 mod restore;
@@ -41,7 +41,7 @@ use crate::{
 };
 pub use crate::{
     base::{Base, BaseError, inspect as inspect_base},
-    config::{Config, ConfigError, LogFormat},
+    config::{Config, ConfigError, IsolationChoice, LogFormat, PostgresLog},
     isolation::init_main,
 };
 
