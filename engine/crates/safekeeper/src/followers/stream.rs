@@ -403,8 +403,10 @@ async fn say_farewell(shared: &Shared, writer: &mut Writer, end: &End) -> bool {
             End::Broken(_) => Ok(false),
         }
     };
+    // At the end of a timeline `pg_receivewal` syncs its file before it answers.
+    let limit = if let End::Timeline(_) = end { SILENCE_MAX } else { FAREWELL_LIMIT };
     // A follower that does not answer in time, or is gone, is closed.
-    matches!(driver::timeout(FAREWELL_LIMIT, farewell).await, Some(Ok::<bool, SessionError>(true)))
+    matches!(driver::timeout(limit, farewell).await, Some(Ok::<bool, SessionError>(true)))
 }
 
 /// Says that nothing more follows, and waits for the client to close, so that it can read what was said.
