@@ -58,15 +58,16 @@ run() { # name, tests or --schedule
 
 start
 run pglz --schedule="$regress/parallel_schedule"
-# Consistency checking adds an image to every block reference, one that redo must not apply.
+# Consistency checking adds an image to every block reference, one that redo must not apply; of heap pages there would be
+# gigabytes.
+psql "alter system set wal_consistency_checking = 'btree,gin,gist,spgist,hash,brin,sequence'"
 for method in lz4 zstd off; do
   psql "alter system set wal_compression = '$method'"
-  psql "alter system set wal_consistency_checking = 'all'"
+  [ "$method" != off ] || psql "alter system reset wal_consistency_checking"
   psql "select pg_reload_conf()" >/dev/null
   psql "select pg_switch_wal()" >/dev/null
   run "$method" test_setup create_misc create_index btree_index hash_index gin gist spgist brin sequence
 done
-psql "alter system reset wal_consistency_checking"
 "${as[@]}" "$bin/pg_ctl" -w -s -m immediate -D "$work/data" stop
 start
 psql "checkpoint"
