@@ -155,17 +155,18 @@ pub fn run_core<F: Future>(future: F) -> io::Result<F::Output> {
     Ok(runtime.block_on(future))
 }
 
-/// Starts a thread called `name` (15 bytes at most are shown by the kernel) that runs the future that `make` gives.
+/// Starts a thread called `name` (15 bytes at most are shown by the kernel) that runs the future that `make` gives. A panic
+/// in it ends the process, as in [`spawn`].
 ///
 /// # Errors
 /// The thread cannot be created. The thread's own result is an error when the runtime cannot be created.
 pub fn start_core<T, F, M>(name: &str, make: M) -> io::Result<thread::JoinHandle<io::Result<T>>>
 where
     T: Send + 'static,
-    F: Future<Output = T>,
+    F: Future<Output = T> + 'static,
     M: FnOnce() -> F + Send + 'static,
 {
-    thread::Builder::new().name(name.to_owned()).spawn(move || run_core(async move { make().await }))
+    thread::Builder::new().name(name.to_owned()).spawn(move || run_core(async move { spawn(make()).await }))
 }
 
 /// Handle of a spawned task: await it for its output; dropping it lets the task run on.

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 use driver::{Event, mpsc};
@@ -16,6 +17,9 @@ use crate::{
     log::LogDriver,
     process::{Job, Process},
 };
+
+/// A log whose files were not used for this long holds none open.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// State of one core. Everything in it stays on its thread.
 pub struct Core {
@@ -123,6 +127,17 @@ impl Core {
                 if let Some(log) = self.log(log) {
                     log.handle_timeout(now);
                 }
+            }
+        }
+    }
+
+    /// Closes the files of logs that nobody has written to or read from for a while, for ever: a thousand idle logs then
+    /// hold no descriptors.
+    pub async fn close_idle_files(self: Rc<Self>) {
+        loop {
+            driver::sleep(IDLE).await;
+            for log in self.logs() {
+                log.files().close_if_idle();
             }
         }
     }

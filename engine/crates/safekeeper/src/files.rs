@@ -3,7 +3,7 @@
 //! Knows nothing about what is committed: callers ask the machine first, and again after a read (see [`LogFiles::read`]).
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
@@ -85,12 +85,21 @@ pub struct LogFiles {
     writers: RefCell<BTreeMap<Lsn, File>>,
     /// The most recently used last.
     readers: RefCell<Vec<OpenSegment>>,
+    /// Since [`LogFiles::close_if_idle`] was called last.
+    used: Cell<bool>,
 }
 
 impl LogFiles {
     /// The files in `directory`; `direct` says whether segments can be written past the page cache.
     pub fn new(log: LogId, directory: PathBuf, direct: bool) -> Self {
-        Self { log, directory, direct, writers: RefCell::default(), readers: RefCell::default() }
+        Self {
+            log,
+            directory,
+            direct,
+            writers: RefCell::default(),
+            readers: RefCell::default(),
+            used: Cell::new(false),
+        }
     }
 
     /// The log's directory.
@@ -104,6 +113,7 @@ impl LogFiles {
     }
 
     async fn writer(&self, start: Lsn) -> io::Result<File> {
+        self.used.set(true);
         if let Some(file) = self.writers.borrow().get(&start) {
             return Ok(file.clone());
         }
@@ -210,8 +220,15 @@ impl LogFiles {
         self.readers.borrow_mut().retain(|open| open.start != start);
     }
 
-    /// Closes all files; for a log that has been idle.
-    pub fn close_idle(&self) {
+    /// Closes all files if none was used since this was called last.
+    pub fn close_if_idle(&self) {
+        if !self.used.replace(false) {
+            self.close_all();
+        }
+    }
+
+    /// Closes all files.
+    pub fn close_all(&self) {
         self.writers.borrow_mut().clear();
         self.readers.borrow_mut().clear();
     }
@@ -224,6 +241,7 @@ impl LogFiles {
     /// # Errors
     /// [`ReadError::Damaged`] and [`ReadError::Io`].
     pub async fn read(&self, begin: Lsn, until: Lsn, max: usize, sealed: bool) -> Result<AlignedBuffer, ReadError> {
+        self.used.set(true);
         let start = begin.floor(SEGMENT_BYTES);
         let in_segment = SEGMENT_BYTES - begin.offset_in(SEGMENT_BYTES);
         let length = in_segment.min(until.bytes_since(begin)).min(max as u64) as usize;

@@ -199,7 +199,7 @@ pub async fn delete(core: &Rc<Core>, log: LogId) -> io::Result<bool> {
     let open = core.remove(log);
     if let Some(open) = &open {
         open.close(wire::append::ErrorCode::UnknownLog, "the log was deleted").await;
-        open.files().close_idle();
+        open.files().close_all();
     }
     core.followers.forget(log);
     let directory = process.data_dir.log(log);

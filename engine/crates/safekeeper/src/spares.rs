@@ -338,3 +338,95 @@ impl Spares {
 fn sync(directory: &Path) -> io::Result<()> {
     std::fs::File::open(directory)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prometheus_client::registry::Registry;
+
+    /// Runs `body` with a fresh directory for spares and one for segments.
+    fn with_directory<F: Future<Output = ()>>(name: &str, body: impl FnOnce(PathBuf, PathBuf) -> F) {
+        let root = std::env::temp_dir().join(format!("spares-{name}-{}", std::process::id()));
+        let (spares, wal) = (root.join("spares"), root.join("wal"));
+        std::fs::create_dir_all(&spares).unwrap();
+        std::fs::create_dir(&wal).unwrap();
+        driver::run_core(body(spares, wal)).unwrap();
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    fn open(directory: &Path, target: usize, headroom: u64) -> Arc<Spares> {
+        let metrics = Metrics::register(&mut Registry::default());
+        Spares::open(directory.to_owned(), true, target, headroom, metrics).unwrap()
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> = std::fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn spares_are_made_taken_and_given_back() {
+        with_directory("cycle", async |directory, wal| {
+            std::fs::write(directory.join("new-7"), "cut short").unwrap();
+            std::fs::write(directory.join("spare-9"), "too small").unwrap();
+            let spares = open(&directory, 1, 0);
+            assert_eq!(Vec::<String>::new(), names(&directory));
+            driver::spawn(spares.clone().keep(Arc::default()));
+            let segment = |number: u64| wal.join(segment_file_name(Lsn(number << 24)));
+
+            spares.take(&segment(1), Lsn(1 << 24)).await.unwrap();
+            spares.take(&segment(2), Lsn(2 << 24)).await.unwrap();
+            assert!(std::fs::read(segment(1)).unwrap().iter().all(|byte| *byte == 0));
+            while names(&directory).iter().filter(|name| name.starts_with("spare-")).count() < 1 {
+                driver::sleep(Duration::from_millis(1)).await;
+            }
+
+            // One is wanted and ready: what is given is removed.
+            spares.give(segment(2), Lsn(2 << 24), true).await.unwrap();
+            assert_eq!(vec![segment_file_name(Lsn(1 << 24))], names(&wal));
+            assert_eq!(1, names(&directory).len());
+        });
+    }
+
+    /// Its old pages carry the addresses of that start: under the same one they could pass for WAL of today.
+    #[test]
+    fn a_used_segment_is_never_given_to_its_old_start() {
+        with_directory("reuse", async |directory, wal| {
+            let used = directory.join("spare-0-0000000001000000");
+            std::fs::File::create(&used).unwrap().set_len(SEGMENT_FILE_BYTES).unwrap();
+            let spares = open(&directory, 1, 0);
+            let same = {
+                let destination = wal.join("a");
+                let spares = spares.clone();
+                driver::spawn(async move { spares.take(&destination, Lsn(1 << 24)).await })
+            };
+            driver::sleep(Duration::from_millis(20)).await;
+            assert!(used.exists());
+            driver::spawn(spares.clone().keep(Arc::default()));
+            same.await.unwrap();
+            assert!(used.exists());
+            spares.take(&wal.join("b"), Lsn(2 << 24)).await.unwrap();
+            assert!(!used.exists());
+        });
+    }
+
+    /// Nobody waits for space: the log is told at once, and what is there is still given.
+    #[test]
+    fn without_headroom_only_what_is_ready_is_given() {
+        with_directory("full", async |directory, wal| {
+            std::fs::File::create(directory.join("spare-0")).unwrap().set_len(SEGMENT_FILE_BYTES).unwrap();
+            let spares = open(&directory, 2, u64::MAX);
+            driver::spawn(spares.clone().keep(Arc::default()));
+            while !spares.is_full() {
+                driver::sleep(Duration::from_millis(1)).await;
+            }
+            spares.take(&wal.join("a"), Lsn(1 << 24)).await.unwrap();
+            assert!(matches!(spares.take(&wal.join("b"), Lsn(2 << 24)).await, Err(TakeError::DiskFull)));
+            assert_eq!(Vec::<String>::new(), names(&directory));
+        });
+    }
+}

@@ -55,6 +55,7 @@ fn doing(action: &'static str) -> impl FnOnce(io::Error) -> StartError {
 /// # Errors
 /// [`StartError`].
 pub fn run(config: Config) -> Result<(), StartError> {
+    raise_descriptor_limit().map_err(doing("raise the limit of open files"))?;
     let driver = driver::probe().map_err(doing("start the I/O driver"))?;
     if driver == driver::DriverKind::Polling {
         tracing::warn!("io_uring is forbidden or absent here; using ordinary I/O, which costs more CPU per commit");
@@ -72,6 +73,22 @@ pub fn run(config: Config) -> Result<(), StartError> {
     let replication_port = port(&replication).map_err(doing("replication port"))?;
     driver::run_core(serve(config, driver, tls, data_dir, logs, append, append_port, replication, replication_port))
         .map_err(doing("start the I/O driver"))?
+}
+
+/// Allows as many open files as the system does: each log has a few, and the usual soft limit of 1,024 dates from `select`.
+fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is valid for writing and reading, and the calls keep no reference to it.
+    let result = unsafe {
+        match libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) {
+            0 => {
+                limit.rlim_cur = limit.rlim_max;
+                libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+            }
+            failed => failed,
+        }
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[expect(clippy::too_many_arguments, reason = "called once, with what the lines above it have opened")]
@@ -129,6 +146,7 @@ async fn serve(
             let core = Core::new(process, index);
             log_directory::recover_all(&core, &logs);
             driver::spawn(core.clone().run_timers());
+            driver::spawn(core.clone().close_idle_files());
             driver::spawn(followers::keep_slots(core.clone()));
             if let Some((append, replication)) = ports {
                 driver::spawn(server::accept(core.clone(), Listener::attach(append)?));

@@ -153,13 +153,16 @@ impl Server {
         let address = listener.local_address().unwrap().to_string();
         let (serving, served) = (followers.clone(), log.clone());
         driver::spawn(async move {
-            loop {
+            for number in 0.. {
                 let connection = listener.accept().await.unwrap();
                 let (followers, log, logs) = (serving.clone(), served.clone(), logs.clone());
                 driver::spawn(async move {
-                    if let Some(admitted) = followers.admit(connection, async move || logs).await {
-                        followers.serve(admitted, Some(log)).await;
+                    let Some(mut admitted) = followers.admit(connection, async move || logs).await else { return };
+                    // Every other follower moves, as to the core of its log.
+                    if number % 2 == 0 {
+                        admitted = admitted.detach().unwrap().attach().unwrap();
                     }
+                    followers.serve(admitted, Some(log)).await;
                 });
             }
         });
