@@ -64,6 +64,8 @@ pub fn command(program: impl AsRef<Path>) -> Command {
     for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG")) {
         command.env_remove(name);
     }
+    // The build's environment names the library's path, which would look like a leak of the library itself.
+    command.env_remove("LAKEBASE_VFS");
     // libpq looks for certificates in HOME, which the other user may not read.
     command.env("LC_ALL", "C").env("HOME", "/nonexistent").current_dir("/");
     command
