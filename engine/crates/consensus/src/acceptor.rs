@@ -406,7 +406,14 @@ impl Acceptor {
                     false => Err(self.refusal(malformed("append without its bytes"), append.sequence)),
                 };
                 match checked {
-                    Ok(()) => self.appended(connection, &append, self.received, now),
+                    Ok(()) => {
+                        self.appended(connection, &append, self.received, now);
+                        // An append before it got lost and none follows that would show it.
+                        if append.begin_lsn > self.receive_lsn {
+                            let gap = Refusal::Gap { expected: self.receive_lsn };
+                            self.refuse(connection, self.refusal(gap, append.sequence));
+                        }
+                    }
                     Err(refused) => self.refuse(connection, refused),
                 }
             }
@@ -494,15 +501,13 @@ impl Acceptor {
     fn check_elected(&self, elected: &Elected) -> Result<(), Refusal> {
         self.check_takes_part(&self.state.configuration, elected.generation)?;
         self.check_ballot(elected.ballot)?;
-        if elected.incarnation != self.state.incarnation {
-            return Err(Refusal::StaleAttempt);
-        }
         let own = elected.history.0.last();
         let ends_here = own.is_some_and(|e| e.ballot == elected.ballot && e.start_lsn == elected.start.record_end);
         if !ends_here || !elected.history.is_ordered() || !elected.timelines.is_ordered() {
             return Err(malformed("the histories are not in order, or do not end with this election"));
         }
-        if self.state.elected == elected.ballot && self.state.history != elected.history {
+        let again = self.state.elected == elected.ballot;
+        if again && (self.state.history != elected.history || self.state.incarnation != elected.incarnation) {
             return Err(malformed("another election was accepted in this ballot"));
         }
         Ok(())
@@ -531,13 +536,17 @@ impl Acceptor {
         if self.writer_connection != Some(connection) || self.state.elected != elected.ballot {
             self.heard = 0;
         }
+        // Each acceptor votes for one run in a ballot, so at most one run is elected in it; an acceptor that voted for
+        // another follows all the same.
         let changed = self.state.elected != elected.ballot
+            || self.state.incarnation != elected.incarnation
             || self.state.history != elected.history
             || self.state.timelines != elected.timelines;
         if self.state.elected != elected.ballot {
             self.following_since = None;
         }
         self.state.elected = elected.ballot;
+        self.state.incarnation = elected.incarnation;
         self.state.history = elected.history;
         self.state.timelines = elected.timelines;
         self.announced_commit = self.announced_commit.max(elected.commit_lsn);
@@ -616,8 +625,10 @@ impl Acceptor {
         self.heard = self.heard.max(append.sequence);
         self.following_since = self.following_since.or(Some(now));
         self.promised = self.promised.max(now.after(LEASE_LENGTH));
-        self.receive_lsn = self.receive_lsn.max(append.end_lsn);
-        self.received = summary;
+        if append.end_lsn > append.begin_lsn {
+            self.receive_lsn = append.end_lsn;
+            self.received = summary;
+        }
         if let Some(entry) = &append.timeline
             && !self.state.timelines.0.contains(entry)
         {
@@ -1058,6 +1069,12 @@ impl Acceptor {
 
 /// For the exhaustive check (`tests/exhaustive`).
 impl Acceptor {
+    /// Whether appends on this connection are heard.
+    #[doc(hidden)]
+    pub fn hears(&self, connection: u64) -> bool {
+        self.writer_connection == Some(connection)
+    }
+
     /// Hashes what decides the acceptor's future apart from time: neither who it is, so that states which differ only
     /// in the numbering of acceptors are one, nor leases and sequences. `connection` gives connections stable names.
     #[doc(hidden)]
@@ -1066,7 +1083,8 @@ impl Acceptor {
         (state.ballot, state.writer, state.incarnation, state.elected, &state.history, state.commit_lsn).hash(into);
         (state.configuration.generation, state.commit_generation, state.timelines.0.len()).hash(into);
         (self.flushed.end(), self.flushed.durable_lsn(), self.receive_lsn, self.received.record_end).hash(into);
-        (self.tail_unknown, self.truncating, self.elected_durable, self.announced_commit).hash(into);
+        // Whether the disk holds bytes behind the log decides only whether they are cut off.
+        (self.truncating, self.elected_durable, self.announced_commit).hash(into);
         (self.writer_connection.map(&connection), self.timeline_pending.map(|(_, lsn)| lsn)).hash(into);
         (self.electing.as_ref().map(|electing| electing.elected.ballot), self.disk_full, self.disk_failed).hash(into);
         for held in &self.held {

@@ -156,6 +156,8 @@ struct Election {
     commit_lsn: Lsn,
     /// When the last lease that the voters promised to earlier ballots is over.
     hold_until: Instant,
+    /// When to elect again, should nobody that holds the log up to X follow by then.
+    again_at: Instant,
 }
 
 /// See the module.
@@ -275,7 +277,8 @@ impl Proposer {
             return None;
         }
         let hold = self.election.as_ref().filter(|_| !self.held_out).map(|election| election.hold_until);
-        let own = [self.next_attempt_at, self.announce_at, hold];
+        let undecided = self.election.as_ref().filter(|_| !self.decided).map(|election| election.again_at);
+        let own = [self.next_attempt_at, self.announce_at, hold, undecided];
         own.into_iter().flatten().chain(self.peers.iter().filter_map(|peer| self.peer_timeout(peer))).min()
     }
 
@@ -406,6 +409,7 @@ impl Proposer {
             self.handle_peer_timeout(index, now);
         }
         self.count(now);
+        self.elect_again(now);
         if self.announce_at.is_some_and(|at| at <= now) {
             self.announce_at = None;
             let announced = self.announced_commit();
@@ -536,13 +540,31 @@ impl Proposer {
         let history = best.history.continued(ballot, start.record_end);
         let mut timelines = best.timelines.clone();
         timelines.truncate(start.record_end);
-        self.election = Some(Election { start, history, timelines, commit_lsn, hold_until });
+        self.election =
+            Some(Election { start, history, timelines, commit_lsn, hold_until, again_at: now.after(SILENCE_MAX) });
         self.next_attempt_at = None;
         for index in 0..self.peers.len() {
             self.peers[index].vote = None;
             if self.peers[index].stage == Stage::Voted {
                 self.send_elected(index, now);
             }
+        }
+    }
+
+    /// Gives up an election whose end of log nobody has any more: the voter that held it lost its disk, or stays away.
+    /// Nothing was decided, so the voters that are there may elect a shorter log.
+    fn elect_again(&mut self, now: Instant) {
+        let Some(election) = self.election.as_mut().filter(|_| !self.decided) else { return };
+        if now < election.again_at {
+            return;
+        }
+        election.again_at = now.after(SILENCE_MAX);
+        let start_lsn = election.start.record_end;
+        let held = self.peers.iter().any(|peer| peer.stage == Stage::Following && peer.flush_lsn >= start_lsn);
+        if !held {
+            self.election = None;
+            self.held_out = false;
+            self.begin_attempt(now);
         }
     }
 
@@ -578,6 +600,9 @@ impl Proposer {
         peer.durable_lsn = accepted.flush_lsn;
         peer.sent_lsn = accepted.flush_lsn;
         peer.valid_from = peer.next_sequence;
+        if self.peers[index].generation < self.configuration.generation {
+            self.send_vote(index, now);
+        }
         self.count(now);
         self.note_quorum();
         // The first heartbeat begins the lease.
@@ -803,10 +828,11 @@ impl Proposer {
             return self.retry_vote(index, RETRY_DELAY, now);
         }
         if self.election.is_some() {
-            // Another run of this writer took over there. This one goes on with those that still follow it.
+            // Another run of this writer took over there; this one goes on with those that still follow it. Or it voted
+            // for another run in this ballot, which cannot have won: it follows the one that did.
             return match theirs.0 > ballot {
                 true => self.lose(index, theirs),
-                false => self.retry_vote(index, RETRY_DELAY, now),
+                false => self.send_elected(index, now),
             };
         }
         self.attempt_seen = self.attempt_seen.max(theirs.0.attempt);
@@ -949,6 +975,12 @@ impl Proposer {
 
 /// For the exhaustive check (`tests/exhaustive`).
 impl Proposer {
+    /// Whether a vote, a connection or an attempt is to be repeated when the time comes.
+    #[doc(hidden)]
+    pub fn is_retrying(&self) -> bool {
+        !self.fenced && (self.next_attempt_at.is_some() || self.peers.iter().any(|peer| peer.retry_at.is_some()))
+    }
+
     /// Hashes what decides the proposer's future apart from time, without what it knows of single acceptors.
     #[doc(hidden)]
     pub fn hash_protocol_state<H: Hasher>(&self, into: &mut H) {
