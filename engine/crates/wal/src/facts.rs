@@ -83,6 +83,30 @@ enum Step {
     TablespacePath,
 }
 
+/// The step that the main data begins with; `Done` when it holds nothing of interest.
+fn main_step(header: &RecordHeader) -> Step {
+    match header.rmgr {
+        rmgr::XLOG => match header.info & 0xF0 {
+            xlog_info::CHECKPOINT_SHUTDOWN | xlog_info::CHECKPOINT_ONLINE => Step::CheckpointTimeline,
+            xlog_info::END_OF_RECOVERY => Step::RecoveryTimeline,
+            xlog_info::OVERWRITE_CONTRECORD => Step::OverwrittenLsn,
+            _ => Step::Done,
+        },
+        rmgr::XACT => match header.info & xact_info::OPERATION_MASK {
+            xact_info::COMMIT | xact_info::COMMIT_PREPARED | xact_info::ABORT | xact_info::ABORT_PREPARED => {
+                Step::XactTime
+            }
+            xact_info::PREPARE => Step::PrepareSubxactCount,
+            xact_info::ASSIGNMENT => Step::AssignmentTop,
+            _ => Step::Done,
+        },
+        rmgr::STANDBY if header.info & 0xF0 == STANDBY_RUNNING_XACTS => Step::RunningNextXid,
+        rmgr::MULTIXACT if header.info & 0xF0 == MULTIXACT_CREATE_ID => Step::MemberCount,
+        rmgr::TABLESPACE if header.info & 0xF0 == TABLESPACE_CREATE => Step::TablespacePath,
+        _ => Step::Done,
+    }
+}
+
 /// What a record says that the summary needs, and the state of reading it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
@@ -113,28 +137,16 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    /// Begins a record: counts `xl_xid`, and finds out whether anything inside is of interest.
-    pub fn begin(header: &RecordHeader, max_full_xid: u64) -> Facts {
-        let main = match header.rmgr {
-            rmgr::XLOG => match header.info & 0xF0 {
-                xlog_info::CHECKPOINT_SHUTDOWN | xlog_info::CHECKPOINT_ONLINE => Step::CheckpointTimeline,
-                xlog_info::END_OF_RECOVERY => Step::RecoveryTimeline,
-                xlog_info::OVERWRITE_CONTRECORD => Step::OverwrittenLsn,
-                _ => Step::Done,
-            },
-            rmgr::XACT => match header.info & xact_info::OPERATION_MASK {
-                xact_info::COMMIT | xact_info::COMMIT_PREPARED | xact_info::ABORT | xact_info::ABORT_PREPARED => {
-                    Step::XactTime
-                }
-                xact_info::PREPARE => Step::PrepareSubxactCount,
-                xact_info::ASSIGNMENT => Step::AssignmentTop,
-                _ => Step::Done,
-            },
-            rmgr::STANDBY if header.info & 0xF0 == STANDBY_RUNNING_XACTS => Step::RunningNextXid,
-            rmgr::MULTIXACT if header.info & 0xF0 == MULTIXACT_CREATE_ID => Step::MemberCount,
-            rmgr::TABLESPACE if header.info & 0xF0 == TABLESPACE_CREATE => Step::TablespacePath,
-            _ => Step::Done,
-        };
+    /// Begins a record: counts `xl_xid`. `None` when nothing inside is of interest, as in most records.
+    #[inline]
+    pub fn begin(header: &RecordHeader, max_full_xid: u64) -> Option<Facts> {
+        match main_step(header) {
+            Step::Done => None,
+            main => Some(Facts::expecting(main, header, max_full_xid)),
+        }
+    }
+
+    fn expecting(main: Step, header: &RecordHeader, max_full_xid: u64) -> Facts {
         let operation = header.info & xact_info::OPERATION_MASK;
         let mut facts = Facts {
             max_full_xid: widen_xid(max_full_xid, header.xid),
@@ -156,9 +168,7 @@ impl Facts {
             xact_flags: u32::from(header.info & xact_info::HAS_INFO != 0),
             xact_is_commit: operation == xact_info::COMMIT || operation == xact_info::COMMIT_PREPARED,
         };
-        if main != Step::Done {
-            facts.expect(Step::PartId, 0, 1);
-        }
+        facts.expect(Step::PartId, 0, 1);
         facts
     }
 

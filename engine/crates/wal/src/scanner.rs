@@ -9,7 +9,7 @@ use pgtypes::{FrameSummary, Lsn, PgTimeline, SystemId};
 
 use crate::{
     PageFault, RecordFault, WalError, WalErrorKind, crc32c,
-    facts::Facts,
+    facts::{Facts, widen_xid},
     format::{
         LONG_PAGE_HEADER_BYTES, PAGE_BYTES, PAGE_MAGIC, PageHeader, RECORD_BYTES_MAX, RECORD_HEADER_BYTES,
         RecordHeader, page_flags, page_header_bytes, rmgr, segment_bytes_valid, u32_at,
@@ -479,7 +479,7 @@ impl Scanner {
         }
         self.record.remaining = header.total_len - RECORD_HEADER_BYTES as u32;
         self.record.crc = 0;
-        self.record.facts = Some(Facts::begin(&header, self.summary.max_full_xid));
+        self.record.facts = Facts::begin(&header, self.summary.max_full_xid);
         self.phase = Phase::Payload;
         sink.begin(&self.record.header);
         Ok(())
@@ -528,6 +528,8 @@ impl Scanner {
             self.summary.commit_timestamp =
                 facts.commit_timestamp.unwrap_or_default().max(self.summary.commit_timestamp);
             tablespace_location = facts.tablespace_location;
+        } else {
+            self.summary.max_full_xid = widen_xid(self.summary.max_full_xid, header.xid);
         }
         sink.end(&RecordInfo {
             start: self.summary.record_start,
