@@ -58,6 +58,7 @@ bench: ## Ratios against real references, as a table and in build/bench/ (ONLY="
 
 soak: ## The long runs: WAL of the regression suite against pg_waldump, ten minutes of chaos, 200 fenced reads
 	@$(MAKE) build PROFILE=release
+	@rm -rf build/regress-wal
 	@$(WITH_ENV) tests/wal/regress_wal.sh build/regress-wal
 	@$(WITH_ENV) cd engine && LAKEBASE_TEST_WAL=$(CURDIR)/build/regress-wal $(CARGO) test --release -p wal --test pg_waldump
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --seconds 600
