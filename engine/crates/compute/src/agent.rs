@@ -464,6 +464,7 @@ impl Agent {
         let pgdata = self.data_dir.pgdata();
         let socket_dir = config.socket_dir();
         restore::make_directory_for(&socket_dir, 0o755, user)?;
+        restore::remove_stale_socket(&socket_dir, config.postgres.port, &pgdata)?;
         let ballot = elected.ballot;
         let trust = format!("{}/{}/{}/{}", config.cluster, ballot.term.0, ballot.attempt.0, Incarnation(random()?));
         restore::write_for(&pgdata.join(vfs_abi::TRUST_FILE), format!("{trust}\n").as_bytes(), user)?;
@@ -737,7 +738,7 @@ impl RunEnd {
             Outcome::Again(reason)
         } else {
             Outcome::Again(match self.how {
-                Some(Ended::Exited(status)) => format!("PostgreSQL ended with status {status}"),
+                Some(Ended::Exited(status)) => format!("PostgreSQL ended with status {status} (its log says why)"),
                 Some(Ended::Signaled(signal)) => format!("PostgreSQL was ended by signal {signal}"),
                 None => "PostgreSQL is gone".to_owned(),
             })

@@ -204,6 +204,32 @@ pub fn write_for(path: &Path, contents: &[u8], user: Option<&User>) -> Result<()
     give(path, user)
 }
 
+/// Removes the socket and its lock file that a killed PostgreSQL on `pgdata` left in `directory`.
+///
+/// PostgreSQL takes the lock file for a living server's when any process has the number in it (`CreateLockFile`, miscinit.c);
+/// the agent knows that its PostgreSQL is gone. Files of other servers in the same directory are left alone.
+///
+/// # Errors
+/// A file cannot be read or removed.
+pub fn remove_stale_socket(directory: &Path, port: u16, pgdata: &Path) -> Result<(), RestoreError> {
+    let lock = directory.join(format!(".s.PGSQL.{port}.lock"));
+    let text = match fs::read_to_string(&lock) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(at(&lock)(error)),
+    };
+    if text.lines().nth(1).map(Path::new) != Some(pgdata) {
+        return Ok(());
+    }
+    for path in [directory.join(format!(".s.PGSQL.{port}")), lock] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path)(error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Makes the next start a replay of the log: standby mode, and every timeline's history, so that the newest is followed from
 /// the start and a promotion takes a number above it (`findNewestTimeLine`, timeline.c).
 ///
@@ -217,4 +243,29 @@ pub fn prepare_replay(pgdata: &Path, timelines: &TimelineHistory, user: Option<&
         }
     }
     write_for(&pgdata.join("standby.signal"), b"", user)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_own_stale_socket_is_removed() {
+        let directory = std::env::temp_dir().join(format!("lakebase-socket-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir(&directory).expect("created");
+        let (socket, lock) = (directory.join(".s.PGSQL.5432"), directory.join(".s.PGSQL.5432.lock"));
+        let write = |pgdata: &str| {
+            fs::write(&socket, "").expect("written");
+            fs::write(&lock, format!("77\n{pgdata}\n0\n5432\n")).expect("written");
+        };
+        remove_stale_socket(&directory, 5432, Path::new("/a/pgdata")).expect("nothing is there");
+        write("/b/pgdata");
+        remove_stale_socket(&directory, 5432, Path::new("/a/pgdata")).expect("not ours");
+        assert!(lock.exists() && socket.exists());
+        write("/a/pgdata");
+        remove_stale_socket(&directory, 5432, Path::new("/a/pgdata")).expect("removed");
+        assert!(!lock.exists() && !socket.exists());
+        fs::remove_dir_all(directory).expect("removed");
+    }
 }
