@@ -484,7 +484,8 @@ impl Log {
         self.horizon = self.horizon.max(horizon);
     }
 
-    /// Registers a consumer or moves its position. Durable within 10 s; nobody waits for it.
+    /// Registers a consumer, which is written at once ([`Log::consumers_durable`]), or moves its position, which is
+    /// durable within 10 s.
     ///
     /// # Errors
     /// The registration is refused; nothing was changed.
@@ -497,7 +498,11 @@ impl Log {
             Ok(at) if self.consumers[at].confirmed_lsn == confirmed_lsn => return Ok(()),
             Ok(at) => self.consumers[at].confirmed_lsn = confirmed_lsn,
             Err(_) if self.consumers.len() >= CONSUMERS_MAX => return Err(ConsumerError::TooMany),
-            Err(at) => self.consumers.insert(at, Consumer { name: name.to_string(), confirmed_lsn }),
+            Err(at) => {
+                self.consumers.insert(at, Consumer { name: name.to_string(), confirmed_lsn });
+                // A position that is lost was a lower one and keeps more WAL; a consumer that is lost keeps none.
+                self.control.demand();
+            }
         }
         self.consumers_version += 1;
         Ok(())
@@ -512,6 +517,16 @@ impl Log {
             self.consumers_version += 1;
         }
         known.is_some()
+    }
+
+    /// Version of the consumers: raised by each change.
+    pub fn consumers_version(&self) -> u64 {
+        self.consumers_version
+    }
+
+    /// Whether the consumers as of `version` are durable.
+    pub fn consumers_durable(&self, version: u64) -> bool {
+        self.control.durable().is_some_and(|durable| durable.consumers_version >= version)
     }
 
     /// Who follows the log.

@@ -93,8 +93,11 @@ pub trait FollowedLog: 'static {
     fn slots(&self) -> Vec<(String, Lsn)>;
     /// What a slot has confirmed; `None` when there is no such slot.
     fn slot(&self, name: &str) -> Option<Lsn>;
-    /// Creates a slot or moves it. Durable within seconds; nobody waits for it. False when there are too many.
+    /// Creates a slot or moves it; false when there are too many. A move is durable within seconds, and what is lost of it
+    /// only holds more WAL.
     fn set_slot(&self, name: &str, confirmed_lsn: Lsn) -> bool;
+    /// Waits until the slots that there are have become durable; false when the disk failed.
+    fn slots_durable(&self) -> impl Future<Output = bool>;
     /// Removes a slot; false when there was none.
     fn remove_slot(&self, name: &str) -> bool;
 }

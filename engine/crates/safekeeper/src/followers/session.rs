@@ -1,6 +1,6 @@
 //! A session: commands, one after the other.
 
-use std::rc::Rc;
+use std::{rc::Rc, time::Duration};
 
 use driver::Writer;
 use pgtypes::{LogId, Lsn, PgTimeline};
@@ -13,6 +13,9 @@ use super::{Admitted, FollowedLog, Followers, SessionError, inbound::Inbound, st
 /// What a follower is told to talk to. The WAL is PostgreSQL 17's; of which minor release its writer is, no log says.
 const SERVER_VERSION: &str = concat!("17.0 (Lakebase ", env!("CARGO_PKG_VERSION"), ")");
 const SERVER_VERSION_NUM: &str = "170000";
+
+/// How long a slot may take to become durable.
+const SLOT_LIMIT: Duration = Duration::from_secs(10);
 
 /// A follower that talks.
 pub(super) struct Session<L> {
@@ -39,6 +42,8 @@ pub(super) struct Start {
 enum Outcome {
     /// Send this, and go on.
     Answer(Reply),
+    /// Send this once the slot is durable.
+    SlotMade { slot: String, reply: Reply },
     /// Stream first.
     Stream(Start),
 }
@@ -141,6 +146,10 @@ impl<L: FollowedLog> Session<L> {
             };
             match outcome {
                 Outcome::Answer(reply) => self.send(reply).await?,
+                Outcome::SlotMade { slot, reply } => {
+                    let reply = self.slot_made(&slot, reply).await;
+                    self.send(reply).await?;
+                }
                 Outcome::Stream(start) => {
                     if !stream::run(self, start).await? {
                         return Ok(());
@@ -177,6 +186,10 @@ impl<L: FollowedLog> Session<L> {
             Ok(Outcome::Answer(mut reply)) => {
                 reply.ready_for_query();
                 Outcome::Answer(reply)
+            }
+            Ok(Outcome::SlotMade { slot, mut reply }) => {
+                reply.ready_for_query();
+                Outcome::SlotMade { slot, reply }
             }
             Ok(Outcome::Stream(start)) => Outcome::Stream(start),
             Err(error) => {
@@ -243,6 +256,7 @@ impl<L: FollowedLog> Session<L> {
                     ])
                     .data_row(&[Some(slot.as_bytes()), Some(b"0/0"), None, None])
                     .command_complete("CREATE_REPLICATION_SLOT");
+                return Ok(Outcome::SlotMade { slot, reply });
             }
             Command::ReadSlot { slot } => {
                 let found = self.log.slot(&slot);
@@ -319,6 +333,21 @@ impl<L: FollowedLog> Session<L> {
             self.temporary_slots.push(slot.to_owned());
         }
         Ok(())
+    }
+
+    /// The reply to a new slot: it says so once a crash cannot take the slot back.
+    async fn slot_made(&mut self, slot: &str, reply: Reply) -> Reply {
+        let durable = driver::timeout(SLOT_LIMIT, self.log.slots_durable()).await;
+        if durable == Some(true) {
+            return reply;
+        }
+        self.log.remove_slot(slot);
+        self.followers.slots.borrow_mut().drop_slot(self.log.id(), slot);
+        self.temporary_slots.retain(|name| name != slot);
+        let mut reply = Reply::new();
+        let message = format!("could not write replication slot \"{slot}\": the disk failed or is full");
+        reply.error(&ErrorReply::error(sqlstate::IO_ERROR, message)).ready_for_query();
+        reply
     }
 
     fn drop_temporary_slots(&mut self) {

@@ -82,6 +82,15 @@ impl FollowedLog for LogDriver {
         self.set_consumer(&format!("{SLOT_PREFIX}{name}"), confirmed_lsn).is_ok()
     }
 
+    async fn slots_durable(&self) -> bool {
+        let version = self.with(|log| log.consumers_version());
+        let settled = |log: &logstore::Log| {
+            let durable = log.consumers_durable(version);
+            (durable || log.is_failed() || self.is_closed()).then_some(durable)
+        };
+        LogDriver::until(self, settled).await
+    }
+
     fn remove_slot(&self, name: &str) -> bool {
         self.remove_consumer(&format!("{SLOT_PREFIX}{name}"))
     }

@@ -24,6 +24,7 @@ struct MemoryLog {
     readable: Cell<Lsn>,
     timelines: RefCell<Vec<TimelineEntry>>,
     slots: RefCell<Vec<(String, Lsn)>>,
+    disk_failed: Cell<bool>,
     changed: Event,
 }
 
@@ -47,6 +48,7 @@ impl MemoryLog {
             readable: Cell::new(START.advance(readable)),
             timelines: RefCell::new(vec![first]),
             slots: RefCell::default(),
+            disk_failed: Cell::new(false),
             changed: Event::new(),
         })
     }
@@ -120,6 +122,10 @@ impl FollowedLog for MemoryLog {
         slots.push((name.to_owned(), confirmed_lsn));
         self.changed.set();
         true
+    }
+
+    async fn slots_durable(&self) -> bool {
+        !self.disk_failed.get()
     }
 
     fn remove_slot(&self, name: &str) -> bool {
@@ -479,6 +485,17 @@ fn temporary_slot_goes_with_its_session() {
         assert_eq!(None, client.receive().await);
         let gone = server.followers.changed.until(|| server.log.slot("t").is_none().then_some(()));
         driver::timeout(Duration::from_secs(20), gone).await.expect("the slot is gone");
+    });
+}
+
+#[test]
+fn slot_that_cannot_be_made_durable_is_not_made() {
+    run(async {
+        let server = Server::start(MemoryLog::new(1000));
+        server.log.disk_failed.set(true);
+        let mut client = server.log_in().await;
+        assert_eq!("58030", client.error_of("CREATE_REPLICATION_SLOT s1 PHYSICAL").await);
+        assert_eq!(None, server.log.slot("s1"));
     });
 }
 

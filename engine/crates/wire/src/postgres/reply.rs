@@ -36,6 +36,8 @@ pub mod sqlstate {
     pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
     /// The server stops.
     pub const ADMIN_SHUTDOWN: &str = "57P01";
+    /// The disk failed.
+    pub const IO_ERROR: &str = "58030";
     /// The WAL asked for is not here any more.
     pub const UNDEFINED_FILE: &str = "58P01";
     /// The WAL is damaged.
