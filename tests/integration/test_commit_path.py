@@ -1,8 +1,10 @@
 """The path of a commit: on a majority before it is acknowledged, found again after any end of the writer."""
 
 import os
+import re
 import signal
 import subprocess
+import urllib.request
 
 from lakebase_testing import procfs
 from lakebase_testing.clients import Inserters, Pgbench, create_table, stored_ids, tpcb_sums
@@ -150,3 +152,22 @@ def test_postgres_refuses_the_library_without_an_agent() -> None:
 
         assert result.returncode != 0
         assert "lakebase_vfs" in result.stderr
+
+
+def metrics(port: int) -> str:
+    """What a metrics port serves."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        return response.read().decode()
+
+
+def test_metrics_say_what_happens() -> None:
+    """Prometheus text on a port of its own: positions of each safekeeper, state of the agent."""
+    with LocalCluster() as cluster:
+        writer = cluster.start_writer()
+        with writer.connect() as connection:
+            create_table(connection)
+        for safekeeper in cluster.safekeepers:
+            text = metrics(safekeeper.ports["metrics"])
+            assert re.search(r"^lakebase_safekeeper_flush_lsn\{.*\} [1-9]\d*$", text, re.MULTILINE)
+            assert re.search(r"^lakebase_safekeeper_logs 1$", text, re.MULTILINE)
+        assert re.search(r'^lakebase_\w+\{.*state="running".*\} 1$', metrics(writer.metrics_port), re.MULTILINE)

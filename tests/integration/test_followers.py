@@ -9,10 +9,10 @@ import psycopg
 import pytest
 
 from lakebase_testing.clients import Inserters, create_table, stored_ids
-from lakebase_testing.cluster import LocalCluster, lsn_of
+from lakebase_testing.cluster import LocalCluster, Safekeeper, lsn_of
 from lakebase_testing.followers import Receiver, standby, wait_replayed
 from lakebase_testing.postgres import quote_conninfo, run_as_postgres
-from lakebase_testing.waiting import wait_for
+from lakebase_testing.waiting import hold, wait_for
 from lakebase_testing.wal import assert_files_equal
 
 
@@ -45,6 +45,40 @@ def test_followers_follow_across_changes_of_the_writer() -> None:
         assert assert_files_equal(cluster, receiver.directory, start, end, whole=True) == end - start
         follower.stop()
         receiver.stop()
+
+
+def test_followers_see_committed_wal_only() -> None:
+    """What one safekeeper has and no majority has is served to nobody: it may still be undone by another writer."""
+    with LocalCluster() as cluster:
+        cluster.expect_log("WARN")
+        writer = cluster.start_writer()
+        with writer.connect() as connection:
+            create_table(connection)
+        left = cluster.safekeepers[0]
+        follower = standby(cluster, safekeepers=[left])
+        follower.start()
+        wait_replayed(follower, cluster.wait_caught_up())
+        for safekeeper in cluster.safekeepers[1:]:
+            safekeeper.process.freeze()
+        with Inserters(writer.dsn, threads=2) as inserters:
+            wait_for("WAL that only one has", lambda: lsn_of(left.log_status()["flush_lsn"]) > committed(left))
+            hold(2)
+            assert follower.replayed() <= committed(left)
+            with follower.connect() as connection:
+                assert stored_ids(connection) <= inserters.ids()
+
+            for safekeeper in cluster.safekeepers[1:]:
+                safekeeper.process.thaw()
+            wait_for("commits to go on", lambda: inserters.count() >= 50)
+        wait_replayed(follower, cluster.wait_caught_up())
+        with follower.connect() as connection:
+            assert inserters.ids() <= stored_ids(connection)
+        follower.stop()
+
+
+def committed(safekeeper: Safekeeper) -> int:
+    """What a safekeeper knows to be committed."""
+    return lsn_of(safekeeper.log_status()["commit_lsn"])
 
 
 def test_the_port_speaks_postgresql() -> None:

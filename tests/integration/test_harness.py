@@ -12,7 +12,7 @@ import pytest
 from lakebase_testing import procfs
 from lakebase_testing.clients import Acknowledgement, longest_gap
 from lakebase_testing.environment import scratch
-from lakebase_testing.faults import SmallDisk, failing_call, without_io_uring
+from lakebase_testing.faults import FailingDisk, SmallDisk, failing_call, without_io_uring
 from lakebase_testing.postgres import StockServer, base_backup, format_lsn, parse_lsn, segment_name
 from lakebase_testing.process import Process
 from lakebase_testing.waiting import hold, wait_for
@@ -60,6 +60,29 @@ def test_a_small_disk_gets_full_and_empty() -> None:
         subprocess.run(write, capture_output=True, check=True)
     assert list((directory / "small").iterdir()) == [], "the disk was mounted for everyone"
     (directory / "small").rmdir()
+    directory.rmdir()
+
+
+def test_a_failing_disk_answers_eio() -> None:
+    """Written and synced before, an I/O error afterwards, to direct I/O, too."""
+    if reason := FailingDisk.unavailable():
+        pytest.skip(reason)
+    directory = scratch("disk")
+    with FailingDisk(directory / "failing") as disk:
+        write = [
+            "dd",
+            "if=/dev/zero",
+            f"of={disk.mount_point}/file",
+            "bs=1M",
+            "count=64",
+            "oflag=direct",
+            "conv=notrunc,fsync",
+        ]
+        subprocess.run(write, capture_output=True, check=True)
+        disk.fail()
+        failed = subprocess.run(write, capture_output=True, text=True, check=False)
+        assert "Input/output error" in failed.stderr
+    (directory / "failing").rmdir()
     directory.rmdir()
 
 

@@ -3,12 +3,13 @@
 import re
 import shutil
 import time
+from contextlib import ExitStack
 
 import pytest
 
 from lakebase_testing.clients import Acknowledgement, Inserters, create_table, longest_gap, stored_ids
 from lakebase_testing.cluster import LocalCluster, Writer, lsn_of
-from lakebase_testing.faults import SmallDisk, failing_call, without_io_uring
+from lakebase_testing.faults import FailingDisk, SmallDisk, failing_call, without_io_uring
 from lakebase_testing.waiting import hold, wait_for
 
 HEARTBEAT_SECONDS = 0.2
@@ -99,6 +100,33 @@ def test_commits_wait_without_a_quorum_and_go_on_with_it() -> None:
             cluster.safekeepers[1].start()
         everything_is_found(writer, inserters)
         cluster.wait_caught_up()
+
+
+def test_a_safekeeper_whose_device_fails_is_left_behind() -> None:
+    """EIO from the block device under io_uring: that member's log is out of service, the others carry on."""
+    if reason := FailingDisk.unavailable():
+        pytest.skip(reason)
+    cluster = LocalCluster()
+    victim = cluster.safekeepers[0]
+    mounted = ExitStack()
+    disk = mounted.enter_context(FailingDisk(victim.data))
+    with mounted, cluster:
+        cluster.expect_log("WARN", "ERROR.*(I/O error|Input/output|disk)")
+        writer = start(cluster)
+        with Inserters(writer.dsn) as inserters:
+            wait_for("100 acknowledgements", lambda: inserters.count() >= 100)
+            disk.fail()
+            began = time.monotonic()
+            hold(5)
+
+            assert longest_gap(inserters.acknowledged(), began, time.monotonic()) < 1
+            assert "ERROR" in victim.process.log_text(), "a failing device is worth a line"
+            stored = lsn_of(victim.log_status()["flush_lsn"]) if victim.process.is_running else 0
+            assert stored < max(lsn_of(other.log_status()["flush_lsn"]) for other in cluster.safekeepers[1:])
+        everything_is_found(writer, inserters)
+        if victim.process.is_running:
+            victim.kill()
+        mounted.close()
 
 
 def test_a_safekeeper_whose_disk_fails_is_left_behind() -> None:

@@ -1,5 +1,11 @@
 """Terms are granted: a fenced writer gets no acknowledgement, the next one finds everything, absent members catch up."""
 
+import threading
+import time
+
+import psycopg
+import pytest
+
 from lakebase_testing.clients import Inserters, Pgbench, create_table, stored_ids
 from lakebase_testing.cluster import LocalCluster, Writer, lsn_of
 from lakebase_testing.waiting import hold, wait_for
@@ -59,6 +65,56 @@ def test_a_fenced_writer_gets_no_acknowledgement() -> None:
             successor.wait_running()
         with successor.connect() as connection:
             assert inserters.ids() <= stored_ids(connection)
+
+
+def test_answers_wait_for_the_lease_and_sessions_end_after_its_timeout() -> None:
+    """Without a majority even a read is not answered: another writer may have been granted the log meanwhile."""
+    with LocalCluster(lease_wait_timeout="4s") as cluster:
+        cluster.expect_log("WARN")
+        writer = start(cluster)
+        with writer.connect() as connection:
+            connection.execute("select 1")
+            for safekeeper in cluster.safekeepers[:2]:
+                safekeeper.process.freeze()
+            # The lease is 1.5 s.
+            hold(2)
+            asked_at = time.monotonic()
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("select 1")
+            waited = time.monotonic() - asked_at
+        for safekeeper in cluster.safekeepers[:2]:
+            safekeeper.process.thaw()
+
+        assert 3 < waited < 15
+        wait_for("answers to come again", lambda: can_select(writer), 60)
+
+
+def can_select(writer: Writer) -> bool:
+    """Whether a new session is answered."""
+    try:
+        with writer.connect() as connection:
+            return connection.execute("select 1").fetchone() == (1,)
+    except psycopg.OperationalError:
+        return False
+
+
+def test_reads_go_on_when_the_quorum_returns_in_time() -> None:
+    """The same session, the same statement: it only took longer."""
+    with LocalCluster() as cluster:
+        cluster.expect_log("WARN")
+        writer = start(cluster)
+        with writer.connect() as connection:
+            for safekeeper in cluster.safekeepers[:2]:
+                safekeeper.process.freeze()
+            hold(2)
+            timer = threading.Timer(3, lambda: [safekeeper.process.thaw() for safekeeper in cluster.safekeepers[:2]])
+            timer.start()
+            asked_at = time.monotonic()
+            assert connection.execute("select 1").fetchone() == (1,)
+            waited = time.monotonic() - asked_at
+            timer.join()
+
+        assert waited > 2, "a read was answered without a lease"
 
 
 def test_terms_are_granted_once() -> None:

@@ -84,3 +84,53 @@ class SmallDisk:
     def empty(self) -> None:
         """Gives the space back."""
         (self.path / "ballast").unlink()
+
+
+class FailingDisk:
+    """An ext4 file system whose block device begins to answer EIO: for root, on machines with loop devices.
+
+    `fail` makes the device smaller than the file system on it: the kernel answers every access behind its new end with an
+    I/O error, whatever kind of I/O was used. What was stored there is gone.
+    """
+
+    _SIZE_MIB = 512
+
+    def __init__(self, mount_point: Path) -> None:
+        self.mount_point = mount_point
+        self._backing = mount_point.with_name(f"{mount_point.name}.backing")
+        self._device = ""
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """Why there can be none here, or None."""
+        if not is_root():
+            return "needs root"
+        if shutil.which("mkfs.ext4") is None:
+            return "needs mkfs.ext4"
+        found = subprocess.run(["losetup", "--find"], capture_output=True, text=True, check=False)
+        return None if found.returncode == 0 else f"needs loop devices: {found.stderr.strip()}"
+
+    def __enter__(self) -> Self:
+        self.mount_point.mkdir(exist_ok=True)
+        self._run("truncate", f"--size={self._SIZE_MIB}M", str(self._backing))
+        # Without a journal the file system stays mounted for writing when its device fails.
+        self._run("mkfs.ext4", "-q", "-O", "^has_journal", str(self._backing))
+        self._device = self._run("losetup", "--find", "--show", str(self._backing)).strip()
+        self._run("mount", "-o", "errors=continue", self._device, str(self.mount_point))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run("umount", str(self.mount_point))
+        self._run("losetup", "--detach", self._device)
+        self._backing.unlink()
+
+    def fail(self) -> None:
+        """From here on the device knows its first megabyte only."""
+        self._run("truncate", "--size=1M", str(self._backing))
+        self._run("losetup", "--set-capacity", self._device)
+
+    @staticmethod
+    def _run(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,8 +2,9 @@
 
 import os
 import signal
+from collections.abc import Sequence
 
-from lakebase_testing.cluster import LocalCluster
+from lakebase_testing.cluster import LocalCluster, Safekeeper
 from lakebase_testing.environment import environment, give_to_postgres, is_root
 from lakebase_testing.postgres import StockServer, quote_conninfo
 from lakebase_testing.process import Process
@@ -69,13 +70,12 @@ class Receiver:
             self.process.wait_end(20)
 
 
-def standby(cluster: LocalCluster, name: str = "standby") -> StockServer:
-    """Makes (does not start) a stock standby that begins at the base backup and streams from the safekeepers."""
+def standby(cluster: LocalCluster, name: str = "standby", safekeepers: Sequence[Safekeeper] = ()) -> StockServer:
+    """Makes (does not start) a stock standby that begins at the base backup and streams from the safekeepers (or some)."""
     directory = cluster.directory / name
     directory.mkdir()
-    server = StockServer.create(
-        directory, cluster.base_backup, primary_conninfo=cluster.replication_parameters(cluster.follower(name))
-    )
+    conninfo = cluster.replication_parameters(cluster.follower(name), *safekeepers)
+    server = StockServer.create(directory, cluster.base_backup, primary_conninfo=conninfo)
     cluster.add_process(server.process)
     return server
 
