@@ -18,12 +18,19 @@ use std::{
 
 use driver::{EventFd, File, OpenOptions, oneshot};
 use logstore::{SEGMENT_FILE_BYTES, parse_segment_file_name, segment_file_name};
-use pgtypes::Lsn;
+use pgtypes::{Instant, Lsn};
 
 use crate::{metrics::Metrics, notices::Notices};
 
 /// How often the free space is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// With fewer spares than this the next one is filled at once, else after a pause: filling competes with appends for the
+/// disk, and many spares are there to postpone it.
+const URGENT_BELOW: usize = 2;
+
+/// 64 MiB/s of zeros while enough spares are ready.
+const FILL_PAUSE: Duration = Duration::from_millis(250);
 
 /// Why no segment can be had.
 #[derive(Debug, thiserror::Error)]
@@ -203,6 +210,8 @@ impl Spares {
         const FULL: &str = "disk full";
         const FAILED: &str = "spare segment";
         let waiter = self.wanted.waiter()?;
+        let mut filled_once = false;
+        let mut next_fill = Instant::default();
         loop {
             let free = match self.free_bytes().await {
                 Ok(free) => free,
@@ -230,16 +239,22 @@ impl Spares {
                     "data disk is full: appends that need a new segment are refused until space returns"
                 );
             }
-            let missing = {
+            let (urgent, missing) = {
                 let state = self.lock();
                 // Whoever waits found none that fits: those that are ready do not count for them.
-                !state.waiting.is_empty() || self.target > state.ready.len()
+                let urgent = !state.waiting.is_empty() || state.ready.len() < self.target.min(URGENT_BELOW);
+                (urgent, state.ready.len() < self.target)
             };
-            if room && missing {
+            filled_once |= !missing;
+            let pause = next_fill.since(driver::now());
+            if room && (urgent || missing && pause.is_zero()) {
                 match self.create().await {
                     Ok(path) => {
                         notices.solved(FAILED);
                         self.add(Spare { path, was: None });
+                        if filled_once {
+                            next_fill = driver::now().after(FILL_PAUSE);
+                        }
                         continue;
                     }
                     Err(error) if error.kind() == io::ErrorKind::StorageFull => self.set_full(true),
@@ -255,8 +270,9 @@ impl Spares {
                     }
                 }
             }
-            // The interval passes with every disk, so that a disk that fills up by others is noticed.
-            if let Some(Err(error)) = driver::timeout(LOOK_INTERVAL, waiter.wait()).await {
+            // Looked at even when nobody takes a spare, so that a disk that is filled up by others is noticed.
+            let wait = if missing && !pause.is_zero() { pause.min(LOOK_INTERVAL) } else { LOOK_INTERVAL };
+            if let Some(Err(error)) = driver::timeout(wait, waiter.wait()).await {
                 return Err(error);
             }
         }
