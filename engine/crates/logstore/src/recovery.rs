@@ -118,12 +118,18 @@ impl Log {
         let log_start = file.identity.start.record_end;
         let mut segments = SegmentList::new(segment_bytes, log_start, file.sealed_lsn);
         let mut next = file.oldest_lsn.floor(segment_bytes);
+        // Trailers that the control file does not vouch for were perhaps never synced, as the end of the log.
+        let mut first_trailer = None;
         while next < end.record_end && end.record_end > file.oldest_lsn {
             if starts.binary_search(&next).is_err() {
                 return Err(RecoverError::MissingSegment(next));
             }
             let complete = next.advance(segment_bytes) <= end.record_end;
-            let sealed = complete && (next < file.sealed_lsn || has_trailer(reader, log, next, segment_bytes)?);
+            let found = complete && next >= file.sealed_lsn && has_trailer(reader, log, next, segment_bytes)?;
+            if found {
+                first_trailer.get_or_insert(next);
+            }
+            let sealed = complete && (next < file.sealed_lsn || found);
             segments.push_found(next, sealed);
             next = next.advance(segment_bytes);
         }
@@ -131,8 +137,9 @@ impl Log {
         segments.truncate_checksums(end.record_end);
 
         let found = end.record_end > file.scan_start.record_end;
-        let first = file.scan_start.record_end.floor(segment_bytes);
-        let sync = found.then(|| (first, Lsn(end.record_end.0 - 1).floor(segment_bytes)));
+        let first_found = found.then(|| file.scan_start.record_end.floor(segment_bytes));
+        let first = [first_found, first_trailer].into_iter().flatten().min();
+        let sync = first.map(|first| (first, Lsn(end.record_end.0 - 1).floor(segment_bytes)));
         let acceptor = Acceptor::new(file.identity, file.acceptor, end, now)?;
         let start = Start {
             geometry,

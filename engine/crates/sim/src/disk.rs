@@ -31,6 +31,7 @@ pub struct Disk {
     pub controls: [Option<Vec<u8>>; 2],
     /// Complete former segments that wait to be used again, with what they hold.
     spares: Vec<(Lsn, Vec<u8>)>,
+    rotted: Vec<Lsn>,
 }
 
 impl Disk {
@@ -43,6 +44,7 @@ impl Disk {
             next_number: 0,
             controls: [None, None],
             spares: Vec::new(),
+            rotted: Vec::new(),
         }
     }
 
@@ -124,7 +126,13 @@ impl Disk {
         let Some(file) = self.segments.get_mut(&segment) else { return false };
         file.view[at] ^= bit;
         file.durable[at] ^= bit;
+        self.rotted.push(segment);
         true
+    }
+
+    /// Whether a bit of the segment flipped at some time.
+    pub fn has_rotted(&self, segment: Lsn) -> bool {
+        self.rotted.contains(&segment)
     }
 
     /// The bytes of one file from `offset` on.

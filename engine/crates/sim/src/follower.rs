@@ -83,7 +83,13 @@ impl crate::safekeeper::Safekeeper {
                     verifier.feed(data);
                     verifier.finish()
                 });
-                if verified.is_err() {
+                if let Err(error) = verified {
+                    assert!(
+                        self.disk.has_rotted(segment.start),
+                        "member {}: sound segment {} fails its verification: {error}",
+                        self.member.0,
+                        segment.start
+                    );
                     process.log.handle_damaged(segment.start);
                     return Some(bytes).filter(|bytes| !bytes.is_empty());
                 }

@@ -337,6 +337,9 @@ impl World {
     // ---- disk ----
 
     fn begin_operation(&mut self, index: usize, command: LogCommand) {
+        if self.trace.prints() {
+            println!("{:>16} sk {index} {command:?}", "");
+        }
         let (op, usual) = match &command {
             LogCommand::Write { op, .. } => (*op, (30, 200)),
             LogCommand::Read { op, .. } => (*op, (30, 150)),
