@@ -211,6 +211,9 @@ impl Spares {
         const FAILED: &str = "spare segment";
         let waiter = self.wanted.waiter()?;
         let mut filled_once = false;
+        // The file system had no room for a segment although it counts enough free bytes (a quota, or a device that fails
+        // while it looks for blocks): only a segment that could be made shows that space has returned.
+        let mut refused = false;
         let mut next_fill = Instant::default();
         loop {
             let free = match self.free_bytes().await {
@@ -225,7 +228,7 @@ impl Spares {
             };
             self.metrics.disk_free_bytes.set(free);
             let room = free >= self.headroom.saturating_add(SEGMENT_FILE_BYTES);
-            if room == self.is_full() {
+            if room == self.is_full() && !(room && refused) {
                 self.set_full(!room);
                 if room {
                     notices.solved(FULL);
@@ -250,6 +253,7 @@ impl Spares {
             if room && (urgent || missing && pause.is_zero()) {
                 match self.create().await {
                     Ok(path) => {
+                        refused = false;
                         notices.solved(FAILED);
                         self.add(Spare { path, was: None });
                         if filled_once {
@@ -257,7 +261,17 @@ impl Spares {
                         }
                         continue;
                     }
-                    Err(error) if error.kind() == io::ErrorKind::StorageFull => self.set_full(true),
+                    Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                        refused = true;
+                        self.set_full(true);
+                        if notices.is_new(FULL, driver::now()) {
+                            tracing::error!(
+                                %error,
+                                free_bytes = free,
+                                "the data disk has no room for a segment: appends that need one are refused until it has"
+                            );
+                        }
+                    }
                     Err(error) => {
                         if notices.is_new(FAILED, driver::now()) {
                             tracing::error!(%error, "cannot create a spare segment");
