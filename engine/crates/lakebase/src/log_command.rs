@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use pgformat::{CONTROL_FILE_BYTES, ControlFile, DatabaseState};
+use pgformat::{ControlFile, DatabaseState};
 use pgtypes::Lsn;
 use reqwest::Method;
 use safekeeper::api::{ConfigurationJson, CreateLog, LogStatus, MemberJson};
@@ -64,7 +64,7 @@ pub(crate) fn run(command: &Command) -> CommandResult {
     let body = CreateLog {
         system_id: control.system_id.0,
         segment_bytes,
-        start_lsn: end_of_backup(&control).floor(segment_bytes),
+        start_lsn: end_of_checkpoint(control.checkpoint_lsn, segment_bytes).floor(segment_bytes),
         timeline: control.checkpoint.timeline.0,
         max_full_xid: control.checkpoint.next_full_xid.saturating_sub(1),
         configuration: ConfigurationJson { generation: 1, members, new_members: None },
@@ -87,7 +87,6 @@ pub(crate) fn member_of(safekeeper: &Safekeeper<'_>) -> Result<MemberJson, Strin
 fn read_control(pgdata: &Path) -> Result<ControlFile, String> {
     let path = pgdata.join("global/pg_control");
     let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    debug_assert!(bytes.len() <= CONTROL_FILE_BYTES || !bytes.is_empty());
     let control = ControlFile::parse(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
     if control.state != DatabaseState::ShutDown {
         let state = control.state;
@@ -102,15 +101,36 @@ fn read_control(pgdata: &Path) -> Result<ControlFile, String> {
     Ok(control)
 }
 
-/// Where the shut-down checkpoint, the last record of the backup, ends.
-fn end_of_backup(control: &ControlFile) -> Lsn {
-    let start = control.checkpoint_lsn;
+/// Where the shut-down checkpoint that starts at `start` ends: the last record of the backup.
+fn end_of_checkpoint(start: Lsn, segment_bytes: u64) -> Lsn {
     let in_page = WAL_PAGE_BYTES - start.offset_in(WAL_PAGE_BYTES);
     if in_page >= CHECKPOINT_RECORD_BYTES {
         return start.advance(CHECKPOINT_RECORD_BYTES);
     }
     let next_page = start.advance(in_page);
     let (short, long) = PAGE_HEADER_BYTES;
-    let header = if next_page.offset_in(control.segment_bytes.into()) == 0 { long } else { short };
+    let header = if next_page.offset_in(segment_bytes) == 0 { long } else { short };
     next_page.advance(header + CHECKPOINT_RECORD_BYTES - in_page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgtypes::{PgTimeline, SystemId};
+    use wal::{RecordSpec, WalWriter, main_data, rmgr};
+
+    /// Wherever the record lies: in a page, over the border of two pages, over the border of two segments.
+    #[test]
+    fn end_of_checkpoint_is_where_the_writer_ends_it() {
+        const SEGMENT_BYTES: u64 = 1 << 20;
+        let checkpoint = main_data(&[0; 88]);
+        for before in (0..400).chain(130_600..131_000) {
+            let start = Lsn(SEGMENT_BYTES * 2 - 131_072 - 8192);
+            let mut writer = WalWriter::new(start, Lsn::INVALID, SEGMENT_BYTES, SystemId(1), PgTimeline(1));
+            let filler = main_data(&vec![0; 8000 + before]);
+            writer.append(RecordSpec { rmgr: rmgr::XLOG, info: 0x20, xid: 0, payload: &filler });
+            let (start, end) = writer.append(RecordSpec { rmgr: rmgr::XLOG, info: 0, xid: 0, payload: &checkpoint });
+            assert_eq!(end, end_of_checkpoint(start, SEGMENT_BYTES), "{start}");
+        }
+    }
 }

@@ -87,6 +87,8 @@ pub struct LogFiles {
     readers: RefCell<Vec<OpenSegment>>,
     /// Since [`LogFiles::close_if_idle`] was called last.
     used: Cell<bool>,
+    /// How often a segment was forgotten: a file opened before may be another segment by now.
+    forgotten: Cell<u64>,
 }
 
 impl LogFiles {
@@ -99,6 +101,7 @@ impl LogFiles {
             writers: RefCell::default(),
             readers: RefCell::default(),
             used: Cell::new(false),
+            forgotten: Cell::new(0),
         }
     }
 
@@ -216,6 +219,7 @@ impl LogFiles {
 
     /// Forgets the open files of a segment that is about to be removed.
     pub fn forget(&self, start: Lsn) {
+        self.forgotten.set(self.forgotten.get() + 1);
         self.writers.borrow_mut().remove(&start);
         self.readers.borrow_mut().retain(|open| open.start != start);
     }
@@ -245,6 +249,24 @@ impl LogFiles {
         let start = begin.floor(SEGMENT_BYTES);
         let in_segment = SEGMENT_BYTES - begin.offset_in(SEGMENT_BYTES);
         let length = in_segment.min(until.bytes_since(begin)).min(max as u64) as usize;
+        loop {
+            let forgotten = self.forgotten.get();
+            let result = self.read_from(start, begin.offset_in(SEGMENT_BYTES), length, sealed).await;
+            if forgotten == self.forgotten.get() {
+                return result;
+            }
+            // It may have been this segment. A file that was taken out of the list, or opened, meanwhile is not trusted.
+            self.readers.borrow_mut().retain(|open| open.start != start);
+        }
+    }
+
+    async fn read_from(
+        &self,
+        start: Lsn,
+        offset: u64,
+        length: usize,
+        sealed: bool,
+    ) -> Result<AlignedBuffer, ReadError> {
         let io = |source| ReadError::Io { start, source };
         let open = {
             let mut readers = self.readers.borrow_mut();
@@ -263,18 +285,16 @@ impl LogFiles {
             self.verify(&open).await?;
             open.verified = true;
         }
-        let file = open.file.clone();
-        {
-            let mut readers = self.readers.borrow_mut();
-            // Another reader may have opened it, too.
-            if readers.iter().all(|other| other.start != start) {
-                if readers.len() >= READERS_MAX {
-                    readers.remove(0);
-                }
-                readers.push(open);
+        let result = open.file.read_range(offset, length).await.map_err(io);
+        let mut readers = self.readers.borrow_mut();
+        // Another reader may have opened it, too.
+        if readers.iter().all(|other| other.start != start) {
+            if readers.len() >= READERS_MAX {
+                readers.remove(0);
             }
+            readers.push(open);
         }
-        file.read_range(begin.offset_in(SEGMENT_BYTES), length).await.map_err(io)
+        result
     }
 
     async fn verify(&self, open: &OpenSegment) -> Result<(), ReadError> {
