@@ -163,7 +163,7 @@ def test_a_full_disk_refuses_and_resumes_by_itself(wrapper: list[str]) -> None:
     cluster = LocalCluster(headroom="32MiB")
     victim = cluster.safekeepers[0]
     with SmallDisk(victim.data, 256) as disk:
-        victim.process.wrapper = [*disk.wrapper, *wrapper]
+        victim.process.wrapper = [*disk.wrapper, *(wrapper or cluster.wrapper)]
         with cluster:
             cluster.expect_log("WARN", "ERROR.*(space|headroom|full)")
             writer = start(cluster)

@@ -10,6 +10,7 @@ Leaving the block ends all processes by their ids, fails if any was left over by
 if a log reports trouble that the test did not announce with `expect_log`.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -27,6 +28,7 @@ from lakebase_testing import procfs
 from lakebase_testing.admin import AdminClient, Json
 from lakebase_testing.certificates import Authority, Credentials
 from lakebase_testing.environment import environment, give_to_postgres, is_root, scratch
+from lakebase_testing.faults import without_io_uring
 from lakebase_testing.ports import free_port
 from lakebase_testing.postgres import Connection, base_backup
 from lakebase_testing.process import Process
@@ -259,13 +261,15 @@ class LocalCluster:
     ) -> None:
         """Describes a cluster; entering the `with` block starts its safekeepers and creates its log.
 
-        user: whom all processes run as (only as root); wrapper: command line put before each of them.
+        user: whom all processes run as (only as root); wrapper: command line put before each of them. With
+        LAKEBASE_FORBID_IO_URING=1 in the environment, io_uring is forbidden to all of them.
         """
         self.directory = scratch("cluster")
         self.id = str(uuid.uuid4())
         self.branch = str(uuid.uuid4())
         self.user = user
-        self.wrapper = list(wrapper)
+        forbid = os.environ.get("LAKEBASE_FORBID_IO_URING") == "1" and not wrapper
+        self.wrapper = without_io_uring() if forbid else list(wrapper)
         self.headroom = headroom
         self.lease_wait_timeout = lease_wait_timeout
         self.segment_bytes = segment_mib << 20
