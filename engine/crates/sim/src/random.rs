@@ -33,7 +33,7 @@ impl Random {
 
     /// A number in `[0, bound)`; 0 when `bound` is 0. The bias is far below what a run could notice.
     pub fn below(&mut self, bound: u64) -> u64 {
-        (u128::from(self.bits()) * u128::from(bound) >> 64) as u64
+        ((u128::from(self.bits()) * u128::from(bound)) >> 64) as u64
     }
 
     /// A number in `[low, high)`.

@@ -196,9 +196,7 @@ impl World {
     ) -> Broken {
         self.trace.note("elected: writer, start", (index, start.record_end.0));
         // An honest proposer has not written before it was elected; the checker must know the ballot's first byte.
-        if !self.checker.proposals.contains_key(&ballot) {
-            self.checker.proposals.insert(ballot, Proposal { start, ..Proposal::default() });
-        }
+        self.checker.proposals.entry(ballot).or_insert_with(|| Proposal { start, ..Proposal::default() });
         self.checker.elected(index, ballot, start, &history)?;
         let last = timeline.unwrap_or(start.timeline);
         // A promoted server begins a timeline; one that was stopped cleanly goes on with its own.
