@@ -278,6 +278,8 @@ class LocalCluster:
         self.writers: list[Writer] = []
         self.processes: list[Process] = []
         self.expected: list[re.Pattern[str]] = []
+        if forbid:
+            self.expect_log("io_uring is forbidden or absent here")
         self._tls = tls
         self.authority = Authority(self.directory / "certificates", self.id) if tls else None
         self.operator = self.authority.issue("operator", "operator") if self.authority else None

@@ -91,6 +91,7 @@ impl crate::safekeeper::Safekeeper {
                         segment.start
                     );
                     process.log.handle_damaged(segment.start);
+                    process.damaged += 1;
                     return Some(bytes).filter(|bytes| !bytes.is_empty());
                 }
             }

@@ -17,11 +17,11 @@ mod trace;
 mod world;
 mod writer;
 
-pub use world::{Counts, Outcome};
+pub use world::{Counts, Outcome, Rules};
 
 /// Plays a seed. `print`: tell every event on standard output.
-pub fn run(seed: u64, print: bool) -> Outcome {
-    let played = std::panic::catch_unwind(|| world::World::new(seed, print).run(seed));
+pub fn run(seed: u64, rules: Rules, print: bool) -> Outcome {
+    let played = std::panic::catch_unwind(|| world::World::new(seed, rules, print).run(seed));
     played.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default();

@@ -246,6 +246,7 @@ impl World {
             }
             None => {
                 operator.change = None;
+                self.counts.memberships += 1;
                 self.trace.note("membership changed to generation", generation);
             }
         }

@@ -46,6 +46,8 @@ pub struct Process {
     timer_at: Option<Time>,
     catch_up: Option<CatchUp>,
     tasks: u64,
+    /// Segments that failed their verification.
+    pub damaged: u64,
 }
 
 impl Process {
@@ -202,6 +204,7 @@ impl World {
                 }
                 Err(RecoverError::DamagedSegment(_)) if self.plan.rotted => {
                     safekeeper.destroyed = true;
+                    self.counts.damaged += 1;
                     self.trace.note("refused to start: damaged segment", index);
                     return Ok(());
                 }
@@ -211,7 +214,7 @@ impl World {
         self.trace.note("started, its log ends at", (index, log.acceptor().flush().record_end.0));
         safekeeper.epoch += 1;
         let (running, catch_up) = (BTreeMap::new(), None);
-        safekeeper.process = Some(Process { log, running, timer_at: None, catch_up, tasks: 0 });
+        safekeeper.process = Some(Process { log, running, timer_at: None, catch_up, tasks: 0, damaged: 0 });
         self.drive(index)
     }
 
@@ -363,7 +366,7 @@ impl World {
 
     pub(crate) fn disk_done(&mut self, index: usize, epoch: u32, op: u64) -> Broken {
         let now = self.clock(index as Node);
-        let World { safekeepers, random, .. } = self;
+        let World { safekeepers, random, counts, .. } = self;
         let safekeeper = &mut safekeepers[index];
         if safekeeper.epoch != epoch {
             return Ok(());
@@ -371,6 +374,8 @@ impl World {
         let Some(process) = &mut safekeeper.process else { return Ok(()) };
         let Some(operation) = process.running.remove(&op) else { return Ok(()) };
         let result = perform(&mut safekeeper.disk, &mut safekeeper.state, operation, self.now, random);
+        counts.failed_disks += u64::from(matches!(result, OpResult::Failed));
+        counts.full_disks += u64::from(matches!(result, OpResult::NoSpace(_)));
         process.log.handle_done(OpId(op), result, now);
         self.drive(index)?;
         if matches!(self.phase, Phase::Healing { .. }) {
@@ -479,6 +484,7 @@ impl World {
         let Some(catch_up) = process.catch_up.as_mut().filter(|catch_up| catch_up.number == task) else {
             return Ok(());
         };
+        let mut fetched_bytes = 0;
         let goes_on = match catch_up.answer.take() {
             None => {
                 catch_up.donor += 1;
@@ -487,6 +493,7 @@ impl World {
             Some(bytes) => match process.log.handle_fetched(catch_up.task.ballot, catch_up.position, &bytes, now) {
                 Ok(()) => {
                     catch_up.position = catch_up.position.advance(bytes.len() as u64);
+                    fetched_bytes += bytes.len() as u64;
                     true
                 }
                 Err(Refusal::Gap { expected }) => {
@@ -505,6 +512,7 @@ impl World {
         } else {
             process.catch_up = None;
         }
+        self.counts.fetched_bytes += fetched_bytes;
         self.drive(index)
     }
 

@@ -153,6 +153,7 @@ impl World {
                 ProposerCommand::Fenced { .. } => {
                     self.trace.note("fenced: writer", index);
                     self.writers[index].fenced = true;
+                    self.counts.fenced += 1;
                     self.kill_writer(index);
                     return Ok(());
                 }
@@ -196,7 +197,8 @@ impl World {
     ) -> Broken {
         self.trace.note("elected: writer, start", (index, start.record_end.0));
         // An honest proposer has not written before it was elected; the checker must know the ballot's first byte.
-        self.checker.proposals.entry(ballot).or_insert_with(|| Proposal { start, ..Proposal::default() });
+        let proposals = &mut self.checker.proposals;
+        proposals.entry(ballot).or_insert_with(|| Proposal { start, ..Proposal::default() });
         self.checker.elected(index, ballot, start, &history)?;
         let last = timeline.unwrap_or(start.timeline);
         // A promoted server begins a timeline; one that was stopped cleanly goes on with its own.
