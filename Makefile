@@ -61,6 +61,7 @@ soak: ## The long runs: WAL of the regression suite against pg_waldump, ten minu
 	@rm -rf build/regress-wal
 	@$(WITH_ENV) tests/wal/regress_wal.sh build/regress-wal
 	@$(WITH_ENV) cd engine && LAKEBASE_TEST_WAL=$(CURDIR)/build/regress-wal $(CARGO) test --release -p wal --test pg_waldump
+	$(ENGINE) LAKEBASE_EXHAUSTIVE=full $(CARGO) test --release -p consensus --test exhaustive -- --nocapture
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --seconds 600
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos.fenced_reads --repetitions 200
 

@@ -1069,6 +1069,12 @@ impl Acceptor {
 
 /// For the exhaustive check (`tests/exhaustive`).
 impl Acceptor {
+    /// Hashes the promises that still run.
+    #[doc(hidden)]
+    pub fn hash_promises<H: Hasher>(&self, now: Instant, into: &mut H) {
+        (self.promised_earlier.since(now), self.promised.since(now)).hash(into);
+    }
+
     /// Whether appends on this connection are heard.
     #[doc(hidden)]
     pub fn hears(&self, connection: u64) -> bool {

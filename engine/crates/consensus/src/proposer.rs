@@ -992,6 +992,15 @@ impl Proposer {
         }
     }
 
+    /// Hashes what still runs of an acceptor's promise, and whether it is to be sent a heartbeat.
+    #[doc(hidden)]
+    pub fn hash_peer_promise<H: Hasher>(&self, member: MemberId, now: Instant, into: &mut H) {
+        let Some(peer) = self.peer(member) else { return };
+        (peer.lease_until().map(|until| until.since(now)), peer.heartbeat_at <= now).hash(into);
+        peer.vote.as_ref().map(|vote| vote.promised_until.since(now)).hash(into);
+        self.election.as_ref().map(|election| election.hold_until.since(now)).hash(into);
+    }
+
     /// Hashes what it knows of one acceptor.
     #[doc(hidden)]
     pub fn hash_peer_state<H: Hasher>(&self, member: MemberId, into: &mut H) {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    fmt::Debug,
     hash::{BuildHasherDefault, Hasher},
     sync::{
         Mutex,
@@ -10,7 +11,25 @@ use std::{
     time::Instant,
 };
 
-use crate::world::{Action, Bounds, World};
+/// A world as a value.
+pub trait Model: Clone + Send {
+    type Action: Copy + Debug + Send;
+
+    /// What may happen next.
+    fn actions(&self) -> Vec<Self::Action>;
+    /// The world after it.
+    fn after(&self, action: Self::Action) -> Self;
+    /// Equal for worlds with the same future.
+    fn fingerprint(&self) -> u64;
+    /// The first property that did not hold.
+    fn violation(&self) -> Option<&String>;
+    /// Whether everything comes to a good end when nothing fails any more; tells `known` each world on the way, which
+    /// may end it.
+    ///
+    /// # Errors
+    /// What came instead.
+    fn recovers(&self, known: &mut dyn FnMut(&Self) -> bool) -> Result<(), String>;
+}
 
 /// A fast 64-bit hash; with 10 million worlds the chance that two are taken for one is below 1 in 300,000.
 #[derive(Clone, Default)]
@@ -83,38 +102,34 @@ impl Seen {
     }
 }
 
-/// A history that breaks a property.
-pub struct Found {
-    pub what: String,
-    pub path: Vec<Action>,
-}
-
 pub struct Outcome {
     pub states: usize,
-    pub transitions: usize,
-    pub depth: usize,
-    pub found: Option<Found>,
+    /// What did not hold.
+    pub found: Option<String>,
 }
 
-struct Search {
+struct Search<M: Model> {
     seen: Seen,
     recovers: Seen,
     transitions: AtomicUsize,
     depth: AtomicUsize,
     stop: AtomicBool,
-    found: Mutex<Option<Found>>,
+    found: Mutex<Option<(String, Vec<M::Action>)>>,
 }
 
-struct Frame {
-    world: World,
-    actions: Vec<Action>,
-    taken: Option<Action>,
+struct Frame<M: Model> {
+    world: M,
+    actions: Vec<M::Action>,
+    taken: Option<M::Action>,
 }
 
-/// Visits all worlds within the bounds, or as many as it takes to find a broken property.
-pub fn explore(name: &str, bounds: Bounds) -> Outcome {
+/// Breadth first to this many worlds, so that there is work for every core.
+const WORK: usize = 2000;
+
+/// Visits all worlds that can be reached, or as many as it takes to find a broken property.
+pub fn explore<M: Model>(name: &str, first: M) -> Outcome {
     let begun = Instant::now();
-    let search = Search {
+    let search = Search::<M> {
         seen: Seen::new(),
         recovers: Seen::new(),
         transitions: AtomicUsize::new(0),
@@ -122,9 +137,8 @@ pub fn explore(name: &str, bounds: Bounds) -> Outcome {
         stop: AtomicBool::new(false),
         found: Mutex::new(None),
     };
-    // Breadth first until there is work for every core.
-    let mut level: Vec<(World, Vec<Action>)> = vec![(World::new(bounds), Vec::new())];
-    while level.len() < 2000 && !level.is_empty() && !search.stop.load(Ordering::Relaxed) {
+    let mut level: Vec<(M, Vec<M::Action>)> = vec![(first, Vec::new())];
+    while level.len() < WORK && !level.is_empty() && !search.stop.load(Ordering::Relaxed) {
         let mut next = Vec::new();
         for (world, path) in level {
             for action in world.actions() {
@@ -132,6 +146,7 @@ pub fn explore(name: &str, bounds: Bounds) -> Outcome {
                     next.push((after, [&path[..], &[action]].concat()));
                 }
             }
+            search.depth.fetch_max(path.len(), Ordering::Relaxed);
         }
         level = next;
     }
@@ -140,46 +155,33 @@ pub fn explore(name: &str, bounds: Bounds) -> Outcome {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                let limit = std::env::var("LIMIT").ok().and_then(|v| v.parse().ok()).unwrap_or(u64::MAX);
                 while !search.stop.load(Ordering::Relaxed) {
                     let Some((world, path)) = work.lock().expect("no panics while held").pop() else { return };
-                    search.depth_first(world, path, limit);
+                    search.depth_first(world, path);
                 }
             });
         }
     });
-    let outcome = Outcome {
-        states: search.seen.len(),
-        transitions: search.transitions.into_inner(),
-        depth: search.depth.into_inner(),
-        found: search.found.into_inner().expect("threads ended"),
-    };
-    println!(
-        "{name}: {} states, {} transitions, depth {}, {:.1} s; {bounds:?}",
-        outcome.states,
-        outcome.transitions,
-        outcome.depth,
-        begun.elapsed().as_secs_f64(),
-    );
-    if let Some(found) = &outcome.found {
-        println!("found: {}", found.what);
-        for (step, action) in found.path.iter().enumerate() {
+    let states = search.seen.len();
+    let (transitions, depth) = (search.transitions.into_inner(), search.depth.into_inner());
+    println!("{name}: {states} states, {transitions} steps, depth {depth}, {:.1} s", begun.elapsed().as_secs_f64());
+    let found = search.found.into_inner().expect("threads ended");
+    if let Some((what, path)) = &found {
+        println!("{name}: found that {what}");
+        for (step, action) in path.iter().enumerate() {
             println!("{:4} {action:?}", step + 1);
         }
     }
-    outcome
+    Outcome { states, found: found.map(|(what, _)| what) }
 }
 
-impl Search {
-    fn depth_first(&self, world: World, path: Vec<Action>, limit: u64) {
+impl<M: Model> Search<M> {
+    fn depth_first(&self, world: M, path: Vec<M::Action>) {
         let actions = world.actions();
         let mut stack = vec![Frame { world, actions, taken: None }];
         while let Some(frame) = stack.last_mut() {
             if self.stop.load(Ordering::Relaxed) {
                 return;
-            }
-            if self.transitions.load(Ordering::Relaxed) > limit as usize {
-                self.stop.store(true, Ordering::Relaxed);
             }
             let Some(action) = frame.actions.pop() else {
                 stack.pop();
@@ -195,34 +197,33 @@ impl Search {
     }
 
     /// The world after the action, if it is new and nothing is broken.
-    fn step(&self, world: &World, action: Action, so_far: impl Fn() -> Vec<Action>) -> Option<World> {
+    fn step(&self, world: &M, action: M::Action, so_far: impl Fn() -> Vec<M::Action>) -> Option<M> {
         self.transitions.fetch_add(1, Ordering::Relaxed);
         let after = world.after(action);
-        let what = match &after.violation {
+        let what = match after.violation() {
             Some(what) => what.clone(),
             None if !self.seen.insert(after.fingerprint()) => return None,
-            None if self.recovers(&after) => return Some(after),
-            None => String::from("without further faults the end of the log is never served"),
+            None => match self.recovers(&after) {
+                Ok(()) => return Some(after),
+                Err(what) => format!("when nothing fails any more, {what}"),
+            },
         };
         self.stop.store(true, Ordering::Relaxed);
         let path = so_far().into_iter().chain([action]).collect();
-        self.found.lock().expect("no panics while held").get_or_insert(Found { what, path });
+        self.found.lock().expect("no panics while held").get_or_insert((what, path));
         None
     }
 
-    /// Whether everything comes to a good end from here if nothing fails any more.
-    fn recovers(&self, world: &World) -> bool {
+    fn recovers(&self, world: &M) -> Result<(), String> {
         let mut on_the_way = Vec::new();
-        let good = world.recovers(|world| {
+        world.recovers(&mut |world| {
             let key = world.fingerprint();
             on_the_way.push(key);
             self.recovers.contains(key)
+        })?;
+        on_the_way.into_iter().for_each(|key| {
+            self.recovers.insert(key);
         });
-        if good {
-            on_the_way.into_iter().for_each(|key| {
-                self.recovers.insert(key);
-            });
-        }
-        good
+        Ok(())
     }
 }
