@@ -119,6 +119,8 @@ pub struct OpenOptions {
     pub create_new: bool,
     /// Past the page cache where the file system can; else through it.
     pub direct: bool,
+    /// Each write is durable when it returns (`O_DSYNC`), as if [`File::sync_data`] had followed; earlier writes are not.
+    pub durable: bool,
 }
 
 /// An open file. Clones share the descriptor.
@@ -136,8 +138,9 @@ impl File {
     pub async fn open(path: impl AsRef<Path>, options: OpenOptions) -> io::Result<Self> {
         let _permit = file_permit().await;
         let path = path.as_ref();
+        let sync = if options.durable { libc::O_DSYNC } else { 0 };
         if options.direct {
-            match open(path, options, libc::O_DIRECT).await {
+            match open(path, options, libc::O_DIRECT | sync).await {
                 // EINVAL: this file system has no direct I/O.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 result => return result.map(|inner| Self { inner, direct: true }),
@@ -161,7 +164,7 @@ impl File {
         Ok(self.inner.metadata().await?.len())
     }
 
-    /// Writes all of `buffer` at `offset`. Durable only after a later [`File::sync_data`].
+    /// Writes all of `buffer` at `offset`. Durable only after a later [`File::sync_data`], unless opened as such.
     ///
     /// # Errors
     /// Those of `pwrite(2)`; any prefix may have been written. `WriteZero` when the kernel takes no more bytes.

@@ -114,7 +114,7 @@ async fn files_keep_what_was_synced() {
     std::fs::create_dir(&directory.0).unwrap();
     let direct = driver::direct_io_works(&directory.0).await.unwrap();
     let path = directory.0.join("file");
-    let file = File::open(&path, OpenOptions { write: true, create_new: true, direct }).await.unwrap();
+    let file = File::open(&path, OpenOptions { write: true, create_new: true, direct, durable: false }).await.unwrap();
     assert_eq!(direct, file.is_direct());
     let size = 3 << 20;
     driver::fill_with_zeros(&file, size + BLOCK_BYTES as u64).await.unwrap();
@@ -144,7 +144,7 @@ async fn files_keep_what_was_synced() {
     let beyond = file.read_range(size, 2 * BLOCK_BYTES).await;
     assert_eq!(Some(io::ErrorKind::UnexpectedEof), beyond.err().map(|error| error.kind()));
 
-    let again = File::open(&path, OpenOptions { write: true, create_new: true, direct }).await;
+    let again = File::open(&path, OpenOptions { write: true, create_new: true, direct, durable: false }).await;
     assert_eq!(Some(io::ErrorKind::AlreadyExists), again.err().map(|error| error.kind()));
 }
 

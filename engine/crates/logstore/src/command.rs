@@ -50,7 +50,7 @@ pub enum LogCommand {
         /// A multiple of the segment size.
         start: Lsn,
     },
-    /// Write whole blocks. Not durable before a sync.
+    /// Write whole blocks.
     Write {
         /// Answered with [`OpResult::Written`] or [`OpResult::NoSpace`].
         op: OpId,
@@ -60,6 +60,8 @@ pub enum LogCommand {
         offset: u64,
         /// To be given back.
         buffer: Buffer,
+        /// Report it as written when it is durable (`O_DSYNC`); else it is durable after the next sync only.
+        durable: bool,
     },
     /// Read whole blocks.
     Read {
@@ -112,8 +114,8 @@ impl fmt::Debug for LogCommand {
             LogCommand::AskPeers => f.write_str("AskPeers"),
             LogCommand::CatchUp(task) => write!(f, "{task:?}"),
             LogCommand::TakeSegment { op, start } => write!(f, "TakeSegment({}, {start})", op.0),
-            LogCommand::Write { op, segment, offset, buffer } => {
-                write!(f, "Write({}, {segment} + {offset}, {})", op.0, buffer.len())
+            LogCommand::Write { op, segment, offset, buffer, durable } => {
+                write!(f, "Write({}, {segment} + {offset}, {}, durable {durable})", op.0, buffer.len())
             }
             LogCommand::Read { op, segment, offset, buffer } => {
                 write!(f, "Read({}, {segment} + {offset}, {})", op.0, buffer.len())

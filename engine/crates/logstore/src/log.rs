@@ -115,13 +115,18 @@ pub struct LogStatus {
     pub disk_failed: bool,
 }
 
+/// Where a write goes, and how.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    segment: Lsn,
+    offset: u64,
+    durable: bool,
+}
+
 /// What an operation under way is for.
 #[derive(Debug)]
 enum Purpose {
-    Write {
-        segment: Lsn,
-        offset: u64,
-    },
+    Write(Place),
     Flush,
     Take {
         start: Lsn,
@@ -198,7 +203,7 @@ pub struct Log {
     /// The disk was full when a segment was to be taken.
     no_segment: bool,
     /// Writes that a full disk handed back.
-    stalled: Vec<(OpId, Lsn, u64, Buffer)>,
+    stalled: Vec<(OpId, Place, Buffer)>,
     retry_at: Option<Instant>,
     control_due: Option<Instant>,
     failed: bool,
@@ -547,9 +552,10 @@ impl Log {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             self.no_segment = false;
-            for (op, segment, offset, buffer) in core::mem::take(&mut self.stalled) {
-                self.operations.push((op, Purpose::Write { segment, offset }));
-                self.commands.push_back(LogCommand::Write { op, segment, offset, buffer });
+            for (op, place, buffer) in core::mem::take(&mut self.stalled) {
+                let Place { segment, offset, durable } = place;
+                self.operations.push((op, Purpose::Write(place)));
+                self.commands.push_back(LogCommand::Write { op, segment, offset, buffer, durable });
             }
             if let Some((op, copy, buffer)) = self.control.take_stalled() {
                 self.operations.push((op, Purpose::Control));
@@ -604,11 +610,15 @@ impl Log {
             return;
         }
         match (purpose, result) {
-            (Purpose::Write { .. }, OpResult::Written(buffer)) => {
+            (Purpose::Write(_), OpResult::Written(buffer)) => {
+                let before = self.planner.durable();
                 self.planner.handle_written(op, buffer);
+                if self.planner.durable() > before {
+                    self.advance_flush();
+                }
             }
-            (Purpose::Write { segment, offset }, OpResult::NoSpace(Some(buffer))) => {
-                self.stalled.push((op, segment, offset, buffer));
+            (Purpose::Write(place), OpResult::NoSpace(Some(buffer))) => {
+                self.stalled.push((op, place, buffer));
                 self.retry_later();
             }
             (Purpose::Flush, OpResult::Done) => {
@@ -897,8 +907,9 @@ impl Log {
             let op = self.new_op();
             let Some(write) = self.planner.issue_write(op) else { break };
             let (segment, offset) = self.segments.place(write.start);
-            self.operations.push((op, Purpose::Write { segment, offset }));
-            self.commands.push_back(LogCommand::Write { op, segment, offset, buffer: write.buffer });
+            let durable = write.durable;
+            self.operations.push((op, Purpose::Write(Place { segment, offset, durable })));
+            self.commands.push_back(LogCommand::Write { op, segment, offset, buffer: write.buffer, durable });
         }
         if self.planner.wants_sync() {
             let op = self.begin_op(Purpose::Flush);
@@ -942,8 +953,8 @@ impl Log {
         let block = to.floor(BLOCK_BYTES);
         match &truncation.step {
             Step::Quiesce => {
-                for (op, _, _, buffer) in core::mem::take(&mut self.stalled) {
-                    self.planner.handle_written(op, buffer);
+                for (op, _, buffer) in core::mem::take(&mut self.stalled) {
+                    self.planner.handle_abandoned(op, buffer);
                 }
                 self.planner.drop_pending();
                 let busy = !self.planner.is_quiet() || self.taking.is_some() || self.removing.is_some();
@@ -1051,7 +1062,7 @@ impl Log {
     fn write_for(&mut self, lsn: Lsn, buffer: Buffer) -> OpId {
         let op = self.begin_op(Purpose::Truncate);
         let (segment, offset) = self.segments.place(lsn);
-        self.commands.push_back(LogCommand::Write { op, segment, offset, buffer });
+        self.commands.push_back(LogCommand::Write { op, segment, offset, buffer, durable: false });
         op
     }
 
@@ -1139,7 +1150,7 @@ impl Log {
                     };
                     let buffer = Buffer::padded(&trailer.encode());
                     debug_assert_eq!(TRAILER_BYTES as usize, buffer.len());
-                    LogCommand::Write { op, segment: start, offset: self.geometry.segment_bytes, buffer }
+                    LogCommand::Write { op, segment: start, offset: self.geometry.segment_bytes, buffer, durable: false }
                 }
                 SealStep::Sync => LogCommand::Sync { op, first: start, last: start },
             });

@@ -2,7 +2,9 @@
 //!
 //! Knows nothing about records, segments that must be taken first, or who waits. Rules: at most
 //! [`WRITES_IN_FLIGHT_MAX`] writes at once; no two writes in flight touch the same block, since a disk may carry them
-//! out in any order; one sync at a time, which covers everything written before it began.
+//! out in any order; one sync at a time, which covers everything written before it began. A write that is alone, with
+//! nothing before or behind it, is durable by itself and needs no sync: a lone commit pays for one operation, a stream
+//! shares its syncs.
 
 use alloc::{collections::VecDeque, vec::Vec};
 
@@ -27,6 +29,8 @@ pub(crate) struct PlannedWrite {
     /// Position of the first byte of the buffer, a multiple of the block size.
     pub(crate) start: Lsn,
     pub(crate) buffer: Buffer,
+    /// Durable when it ends: no sync follows.
+    pub(crate) durable: bool,
 }
 
 /// A sync to be issued, for the segments that hold `[from, to)`.
@@ -60,6 +64,7 @@ struct InFlight {
     /// Behind the last byte of WAL in it; padding is not counted.
     end: Lsn,
     done: bool,
+    durable: bool,
 }
 
 /// The unwritten end of one log.
@@ -78,7 +83,7 @@ pub(crate) struct Planner {
     in_flight: VecDeque<InFlight>,
     /// Everything below was written.
     written: Lsn,
-    /// Everything below was written and synced.
+    /// Everything below was written and synced, or written durably.
     durable: Lsn,
     sync: Option<(OpId, Lsn)>,
     /// A partial block waits for the next completion.
@@ -114,7 +119,7 @@ impl Planner {
         self.end
     }
 
-    /// Everything below was written and synced.
+    /// Everything below is durable.
     pub(crate) fn durable(&self) -> Lsn {
         self.durable
     }
@@ -215,22 +220,36 @@ impl Planner {
         let end = first.end();
         self.pending_bytes = self.end.bytes_since(end) as usize;
         self.issued = self.issued.max(end);
-        self.in_flight.push_back(InFlight { op, end, done: false });
+        let alone = self.is_quiet() && self.written == self.durable && self.pending.is_empty();
+        self.in_flight.push_back(InFlight { op, end, done: false, durable: alone });
         first.buffer.pad();
-        Some(PlannedWrite { start: first.start, buffer: first.buffer })
+        Some(PlannedWrite { start: first.start, buffer: first.buffer, durable: alone })
     }
 
-    /// A write has succeeded. Returns whether `op` was one of this planner.
+    /// A write has succeeded; [`Planner::durable`] may have risen. Returns whether `op` was one of this planner.
     pub(crate) fn handle_written(&mut self, op: OpId, buffer: Buffer) -> bool {
         let Some(write) = self.in_flight.iter_mut().find(|write| write.op == op) else { return false };
         write.done = true;
         self.pool.give(buffer);
         self.held_back = false;
         while let Some(write) = self.in_flight.front().filter(|write| write.done) {
+            if write.durable {
+                // It was issued when everything before it was durable.
+                debug_assert_eq!(self.written, self.durable);
+                self.durable = self.durable.max(write.end);
+            }
             self.written = self.written.max(write.end);
             self.in_flight.pop_front();
         }
         true
+    }
+
+    /// A write will not be carried out: [`Planner::restart`] follows, and nothing of it becomes durable.
+    pub(crate) fn handle_abandoned(&mut self, op: OpId, buffer: Buffer) {
+        if let Some(write) = self.in_flight.iter_mut().find(|write| write.op == op) {
+            write.durable = false;
+        }
+        self.handle_written(op, buffer);
     }
 
     /// The next sync, if something is written that no sync covers and none is running.
@@ -367,16 +386,65 @@ mod tests {
         assert_eq!(None, planner.issue_sync(OpId(10)));
         written(&mut planner, 0);
         let start = Lsn(SEGMENT_BYTES);
-        assert_eq!(Some(PlannedSync { from: start, to: start.advance(16384) }), planner.issue_sync(OpId(10)));
+        // The first write was alone when it began.
+        assert_eq!(start.advance(8192), planner.durable());
+        let sync = PlannedSync { from: start.advance(8192), to: start.advance(16384) };
+        assert_eq!(Some(sync), planner.issue_sync(OpId(10)));
         written(&mut planner, 2);
         assert_eq!(None, planner.issue_sync(OpId(11)));
-        assert_eq!(start, planner.durable());
+        assert_eq!(start.advance(8192), planner.durable());
         assert!(planner.handle_synced(OpId(10)));
         assert_eq!(start.advance(16384), planner.durable());
         assert_eq!(
             Some(PlannedSync { from: start.advance(16384), to: start.advance(24576) }),
             planner.issue_sync(OpId(11))
         );
+    }
+
+    #[test]
+    fn write_that_is_alone_is_durable_by_itself() {
+        let mut planner = planner();
+        for op in 0..3 {
+            planner.push(&[1; 100]);
+            assert!(planner.issue_write(OpId(op)).unwrap().durable);
+            assert!(planner.durable() < planner.end());
+            written(&mut planner, op);
+            assert_eq!(planner.end(), planner.durable());
+            assert_eq!(None, planner.issue_sync(OpId(10)));
+        }
+    }
+
+    /// `O_DSYNC` makes one write durable, not those before it.
+    #[test]
+    fn write_with_others_before_or_behind_it_waits_for_a_sync() {
+        let mut planner = planner();
+        // More behind it.
+        planner.push(&vec![1; 3 << 20]);
+        assert!(!planner.issue_write(OpId(0)).unwrap().durable);
+        assert!(!planner.issue_write(OpId(1)).unwrap().durable);
+        // Another one before it.
+        assert!(!planner.issue_write(OpId(2)).unwrap().durable);
+        for op in 0..3 {
+            written(&mut planner, op);
+        }
+        assert_eq!(Lsn(SEGMENT_BYTES), planner.durable());
+        // Something before it that is written and not synced.
+        planner.push(&[1; 4096]);
+        assert!(planner.issue_sync(OpId(10)).is_some());
+        assert!(!planner.issue_write(OpId(4)).unwrap().durable);
+        assert!(planner.handle_synced(OpId(10)));
+        written(&mut planner, 4);
+        planner.push(&[1; 4096]);
+        assert!(!planner.issue_write(OpId(5)).unwrap().durable);
+    }
+
+    #[test]
+    fn abandoned_write_makes_nothing_durable() {
+        let mut planner = planner();
+        planner.push(&[1; 100]);
+        assert!(planner.issue_write(OpId(1)).unwrap().durable);
+        planner.handle_abandoned(OpId(1), Buffer::with_capacity(1));
+        assert_eq!(Lsn(SEGMENT_BYTES), planner.durable());
     }
 
     #[test]
@@ -405,8 +473,6 @@ mod tests {
         planner.drop_pending();
         assert_eq!(Lsn(SEGMENT_BYTES + 100), planner.end());
         written(&mut planner, 1);
-        assert!(planner.issue_sync(OpId(2)).is_some());
-        planner.handle_synced(OpId(2));
         assert!(planner.is_idle());
         planner.push(&[3; 10]);
         let write = planner.issue_write(OpId(3)).unwrap();

@@ -16,8 +16,8 @@ use logstore::{
 };
 use pgtypes::{LogId, Lsn};
 
-/// Segments open for writing: the one that grows, the one before (its sync and trailer), and the next.
-const WRITERS_MAX: usize = 4;
+/// Files open for writing: the segment that grows, the one before (its sync and trailer), and the next, in two ways each.
+const WRITERS_MAX: usize = 8;
 
 /// Segments open for reading. More readers at more places than this open, and verify, segments again and again.
 const READERS_MAX: usize = 16;
@@ -82,7 +82,8 @@ pub struct LogFiles {
     log: LogId,
     directory: PathBuf,
     direct: bool,
-    writers: RefCell<BTreeMap<Lsn, File>>,
+    /// By start and by whether each write is durable.
+    writers: RefCell<BTreeMap<(Lsn, bool), File>>,
     /// The most recently used last.
     readers: RefCell<Vec<OpenSegment>>,
     /// Since [`LogFiles::close_if_idle`] was called last.
@@ -115,27 +116,33 @@ impl LogFiles {
         self.directory.join("wal").join(segment_file_name(start))
     }
 
-    async fn writer(&self, start: Lsn) -> io::Result<File> {
+    async fn writer(&self, start: Lsn, durable: bool) -> io::Result<File> {
         self.used.set(true);
-        if let Some(file) = self.writers.borrow().get(&start) {
+        if let Some(file) = self.writers.borrow().get(&(start, durable)) {
             return Ok(file.clone());
         }
-        let options = OpenOptions { write: true, create_new: false, direct: self.direct };
+        let options = OpenOptions { write: true, direct: self.direct, durable, ..OpenOptions::default() };
         let file = File::open(self.segment_path(start), options).await?;
         let mut writers = self.writers.borrow_mut();
         if writers.len() >= WRITERS_MAX {
             writers.pop_first();
         }
-        writers.insert(start, file.clone());
+        writers.insert((start, durable), file.clone());
         Ok(file)
     }
 
-    /// Writes whole blocks into a segment.
+    /// Writes whole blocks into a segment; with `durable` they are when this returns.
     ///
     /// # Errors
     /// Those of the file system.
-    pub async fn write(&self, start: Lsn, offset: u64, buffer: Buffer) -> (io::Result<()>, Buffer) {
-        match self.writer(start).await {
+    pub async fn write(
+        &self,
+        start: Lsn,
+        offset: u64,
+        buffer: Buffer,
+        durable: bool,
+    ) -> (io::Result<()>, Buffer) {
+        match self.writer(start, durable).await {
             Ok(file) => {
                 let (result, Owned(buffer)) = file.write_at(Owned(buffer), offset).await;
                 (result, buffer)
@@ -150,7 +157,7 @@ impl LogFiles {
     /// Those of the file system.
     pub async fn read_blocks(&self, start: Lsn, offset: u64, mut buffer: Buffer) -> (io::Result<()>, Buffer) {
         let read = async {
-            let file = self.writer(start).await?;
+            let file = self.writer(start, false).await?;
             file.read_range(offset, buffer.len()).await
         };
         match read.await {
@@ -169,7 +176,7 @@ impl LogFiles {
     pub async fn sync(&self, first: Lsn, last: Lsn) -> io::Result<()> {
         let mut start = first;
         while start <= last {
-            self.writer(start).await?.sync_data().await?;
+            self.writer(start, false).await?.sync_data().await?;
             start = start.advance(SEGMENT_BYTES);
         }
         Ok(())
@@ -181,7 +188,7 @@ impl LogFiles {
     /// Those of the file system.
     pub async fn write_control(&self, copy: u8, buffer: Buffer) -> (io::Result<()>, Buffer) {
         let path = self.control_path(copy);
-        let open = |create_new| File::open(&path, OpenOptions { write: true, create_new, direct: self.direct });
+        let open = |create_new| File::open(&path, OpenOptions { write: true, create_new, direct: self.direct, durable: false });
         let (file, created) = match open(false).await {
             Ok(file) => (file, false),
             Err(error) if error.kind() == io::ErrorKind::NotFound => match open(true).await {
@@ -220,7 +227,7 @@ impl LogFiles {
     /// Forgets the open files of a segment that is about to be removed.
     pub fn forget(&self, start: Lsn) {
         self.forgotten.set(self.forgotten.get() + 1);
-        self.writers.borrow_mut().remove(&start);
+        self.writers.borrow_mut().retain(|(open, _), _| *open != start);
         self.readers.borrow_mut().retain(|open| open.start != start);
     }
 
@@ -276,7 +283,7 @@ impl LogFiles {
         let mut open = match open {
             Some(open) => open,
             None => {
-                let options = OpenOptions { write: false, create_new: false, direct: self.direct };
+                let options = OpenOptions { direct: self.direct, ..OpenOptions::default() };
                 let file = File::open(self.segment_path(start), options).await.map_err(io)?;
                 OpenSegment { start, file, verified: false }
             }

@@ -395,8 +395,12 @@ impl LogDriver {
                     Err(TakeError::Io(error)) => this.failed("take a segment", &error, None),
                 }
             }),
-            LogCommand::Write { op, segment, offset, buffer } => self.operate(op, async move |this| {
-                let (result, buffer) = this.files.write(segment, offset, buffer).await;
+            LogCommand::Write { op, segment, offset, buffer, durable } => self.operate(op, async move |this| {
+                let begun = driver::now();
+                let (result, buffer) = this.files.write(segment, offset, buffer, durable).await;
+                if durable && result.is_ok() {
+                    this.flushed_since(begun);
+                }
                 this.written("write WAL", result, buffer)
             }),
             LogCommand::Read { op, segment, offset, buffer } => {
@@ -409,8 +413,7 @@ impl LogDriver {
                 let begun = driver::now();
                 match this.files.sync(first, last).await {
                     Ok(()) => {
-                        this.process.metrics.flushes.inc();
-                        this.process.metrics.flush_seconds.observe(driver::now().since(begun).as_secs_f64());
+                        this.flushed_since(begun);
                         OpResult::Done
                     }
                     // Also when the disk is full: what a failed sync has lost stays lost.
@@ -443,6 +446,11 @@ impl LogDriver {
             this.operations.set(this.operations.get() - 1);
             this.event(|log| log.handle_done(op, result, driver::now()));
         });
+    }
+
+    fn flushed_since(&self, begun: Instant) {
+        self.process.metrics.flushes.inc();
+        self.process.metrics.flush_seconds.observe(driver::now().since(begun).as_secs_f64());
     }
 
     fn written(&self, what: &str, result: io::Result<()>, buffer: Buffer) -> OpResult {

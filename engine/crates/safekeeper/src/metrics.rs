@@ -56,7 +56,7 @@ pub struct Metrics {
     pub commit_lsn: Family<LogLabels, Gauge>,
     /// First position that each log still holds.
     pub oldest_lsn: Family<LogLabels, Gauge>,
-    /// Disk synchronisations of segments.
+    /// Disk synchronisations of segments, durable writes among them.
     pub flushes: Counter,
     /// Duration of each.
     pub flush_seconds: Histogram,

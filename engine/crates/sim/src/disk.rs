@@ -83,6 +83,30 @@ impl Disk {
         true
     }
 
+    /// Writes durably, as with `O_DSYNC`: this write alone, not those before it, of which it replaces the bytes that it
+    /// meets. Returns whether the file exists.
+    pub fn write_durably(&mut self, segment: Lsn, offset: u64, bytes: &[u8]) -> bool {
+        let Some(file) = self.segments.get_mut(&segment) else { return false };
+        let place = offset as usize..offset as usize + bytes.len();
+        file.view[place.clone()].copy_from_slice(bytes);
+        file.durable[place.clone()].copy_from_slice(bytes);
+        for write in std::mem::take(&mut self.unsynced) {
+            if write.segment != segment {
+                self.unsynced.push(write);
+                continue;
+            }
+            let Unsynced { number, offset, bytes, .. } = write;
+            let end = offset + bytes.len();
+            for (from, to) in [(offset, end.min(place.start)), (offset.max(place.end), end)] {
+                if from < to {
+                    let bytes = bytes[from - offset..to - offset].to_vec();
+                    self.unsynced.push(Unsynced { number, segment, offset: from, bytes });
+                }
+            }
+        }
+        true
+    }
+
     /// Number of the last write: what a sync that begins now covers.
     pub fn last_write(&self) -> u64 {
         self.next_number

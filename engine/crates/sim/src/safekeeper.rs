@@ -344,7 +344,8 @@ impl World {
             println!("{:>16} sk {index} {command:?}", "");
         }
         let (op, usual) = match &command {
-            LogCommand::Write { op, .. } => (*op, (30, 200)),
+            LogCommand::Write { op, durable: false, .. } => (*op, (30, 200)),
+            LogCommand::Write { op, durable: true, .. } => (*op, (130, 1700)),
             LogCommand::Read { op, .. } => (*op, (30, 150)),
             LogCommand::Sync { op, .. } => (*op, (100, 1500)),
             LogCommand::TakeSegment { op, .. } | LogCommand::RemoveSegment { op, .. } => (*op, (100, 800)),
@@ -561,10 +562,13 @@ fn perform(
             disk.take_segment(start);
             OpResult::Done
         }
-        LogCommand::Write { segment, offset, buffer, .. } => match disk.write(segment, offset, buffer.as_bytes()) {
-            true => OpResult::Written(buffer),
-            false => OpResult::Failed,
-        },
+        LogCommand::Write { segment, offset, buffer, durable, .. } => {
+            let exists = match durable {
+                true => disk.write_durably(segment, offset, buffer.as_bytes()),
+                false => disk.write(segment, offset, buffer.as_bytes()),
+            };
+            if exists { OpResult::Written(buffer) } else { OpResult::Failed }
+        }
         LogCommand::Read { segment, offset, mut buffer, .. } => {
             let length = buffer.len();
             match disk.bytes(segment, offset, length) {

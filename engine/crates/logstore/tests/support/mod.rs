@@ -69,6 +69,16 @@ impl Disk {
         }
     }
 
+    /// This write alone, which replaces what was written to its blocks before.
+    fn write_durably(&mut self, segment: Lsn, offset: u64, bytes: &[u8]) {
+        let blocks = self.segments.get_mut(&segment).expect("a durable write to a segment that does not exist");
+        for (i, block) in bytes.chunks_exact(4096).enumerate() {
+            let index = offset / 4096 + i as u64;
+            self.pending.retain(|(s, b, _)| (*s, *b) != (segment, index));
+            blocks.insert(index, block.try_into().unwrap());
+        }
+    }
+
     pub fn read_at(&self, segment: Lsn, offset: u64, buffer: &mut [u8]) -> Result<(), ReadFailed> {
         let blocks = self.segments.get(&segment).ok_or(ReadFailed)?;
         for (i, target) in buffer.chunks_exact_mut(4096).enumerate() {
@@ -215,9 +225,10 @@ impl Node {
                 operation => {
                     self.trace.push(match &operation {
                         LogCommand::TakeSegment { start, .. } => format!("take {start}"),
-                        LogCommand::Write { segment, offset, buffer, .. } => {
+                        LogCommand::Write { segment, offset, buffer, durable, .. } => {
                             self.check_overlap(*segment, *offset, buffer.len());
-                            format!("write {segment}+{offset} {}", buffer.len())
+                            let how = if *durable { " durably" } else { "" };
+                            format!("write {segment}+{offset} {}{how}", buffer.len())
                         }
                         LogCommand::Read { segment, offset, buffer, .. } => {
                             format!("read {segment}+{offset} {}", buffer.len())
@@ -274,8 +285,11 @@ impl Node {
                 assert!(self.disk.segments.insert(start, contents).is_none(), "{start} was there already");
                 (op, OpResult::Done)
             }
-            LogCommand::Write { op, segment, offset, buffer } => {
-                self.disk.write(segment, offset, buffer.as_bytes());
+            LogCommand::Write { op, segment, offset, buffer, durable } => {
+                match durable {
+                    true => self.disk.write_durably(segment, offset, buffer.as_bytes()),
+                    false => self.disk.write(segment, offset, buffer.as_bytes()),
+                }
                 (op, OpResult::Written(buffer))
             }
             LogCommand::Read { op, segment, offset, mut buffer } => {
