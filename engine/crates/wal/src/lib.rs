@@ -21,6 +21,7 @@ mod record;
 mod scanner;
 mod writer;
 
+use crc_fast::{CrcAlgorithm, Digest};
 pub use decoder::Decoder;
 pub use error::{PageFault, RecordFault, WalError, WalErrorKind};
 pub use format::{
@@ -35,8 +36,49 @@ pub use writer::{RecordSpec, WalWriter, main_data};
 
 /// CRC-32C (Castagnoli) of `bytes`, continued from `crc`; start with 0.
 ///
-/// The polynomial and form of PostgreSQL's `pg_crc32c`. Uses the processor's instruction where it has one.
+/// The polynomial and form of PostgreSQL's `pg_crc32c`. Uses the processor's instructions where it has them.
 #[inline]
 pub fn crc32c(crc: u32, bytes: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc, bytes)
+    // The library keeps the sum before its final inversion.
+    let mut digest = Digest::new_with_init_state(CrcAlgorithm::Crc32Iscsi, u64::from(!crc));
+    digest.update(bytes);
+    digest.finalize() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec::Vec;
+
+    use super::crc32c;
+
+    /// RFC 3720, appendix B.4, and the check value of the polynomial.
+    #[test]
+    fn crc32c_of_published_examples() {
+        let rising: Vec<u8> = (0..32).collect();
+        let falling: Vec<u8> = (0..32).rev().collect();
+        assert_eq!(0xE306_9283, crc32c(0, b"123456789"));
+        assert_eq!(0x8A91_36AA, crc32c(0, &[0; 32]));
+        assert_eq!(0x62A8_AB43, crc32c(0, &[0xFF; 32]));
+        assert_eq!(0x46DD_794E, crc32c(0, &rising));
+        assert_eq!(0x113F_DB5C, crc32c(0, &falling));
+        assert_eq!(0, crc32c(0, &[]));
+    }
+
+    /// The library takes another way for each range of lengths.
+    #[test]
+    fn crc32c_continues_anywhere() {
+        let bytes: Vec<u8> = (0..5000u32).map(|i| (i * 7 + (i >> 8)) as u8).collect();
+        let bitwise = |bytes: &[u8]| {
+            !bytes.iter().fold(!0u32, |crc, byte| {
+                (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82F6_3B78 & 0u32.wrapping_sub(crc & 1)))
+            })
+        };
+        for length in (0..300).chain([511, 1024, 2047, 4096, 5000]) {
+            let whole = bitwise(&bytes[..length]);
+            for at in [0, 1, length / 3, length / 2, length] {
+                let at = at.min(length);
+                assert_eq!(whole, crc32c(crc32c(0, &bytes[..at]), &bytes[at..length]), "{length} cut at {at}");
+            }
+        }
+    }
 }
