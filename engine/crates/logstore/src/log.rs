@@ -191,6 +191,8 @@ pub struct Log {
     writes_after: u64,
     /// What was found at the start and is not known to be durable: first and last segment.
     start_sync: Option<(Lsn, Lsn)>,
+    /// A trailer was found that the control file does not vouch for: nothing is served before the start sync has succeeded.
+    unsynced_trailer: bool,
     start_sync_running: bool,
     /// Files that do not belong to the log, to be removed first.
     orphans: Vec<Lsn>,
@@ -227,6 +229,7 @@ pub(crate) struct Start {
     pub(crate) control_copy: Option<u8>,
     pub(crate) control_durable: bool,
     pub(crate) sync: Option<(Lsn, Lsn)>,
+    pub(crate) unsynced_trailer: bool,
     pub(crate) orphans: Vec<Lsn>,
 }
 
@@ -268,6 +271,7 @@ impl Log {
                 control_copy: None,
                 control_durable: false,
                 sync: None,
+                unsynced_trailer: false,
                 orphans: Vec::new(),
             },
             now,
@@ -307,6 +311,7 @@ impl Log {
             acceptor_sequence: 0,
             writes_after: 0,
             start_sync: start.sync,
+            unsynced_trailer: start.unsynced_trailer,
             start_sync_running: false,
             orphans: start.orphans,
             tail_unknown: true,
@@ -374,6 +379,9 @@ impl Log {
     pub fn readable(&self, begin: Lsn, reader: Reader) -> Result<Lsn, ReadError> {
         if begin < self.oldest_lsn {
             return Err(ReadError::Removed { oldest_lsn: self.oldest_lsn });
+        }
+        if self.unsynced_trailer {
+            return Ok(begin);
         }
         let end = match reader {
             Reader::Peer(ballot) if self.is_ready() => self.acceptor.readable_until_by(ballot),
@@ -644,6 +652,7 @@ impl Log {
             (Purpose::StartSync, OpResult::Done) => {
                 self.start_sync = None;
                 self.start_sync_running = false;
+                self.unsynced_trailer = false;
             }
             (Purpose::Truncate, result) => self.truncation_done(result),
             (Purpose::Seal, result) => self.seal_done(result),
@@ -1150,7 +1159,13 @@ impl Log {
                     };
                     let buffer = Buffer::padded(&trailer.encode());
                     debug_assert_eq!(TRAILER_BYTES as usize, buffer.len());
-                    LogCommand::Write { op, segment: start, offset: self.geometry.segment_bytes, buffer, durable: false }
+                    LogCommand::Write {
+                        op,
+                        segment: start,
+                        offset: self.geometry.segment_bytes,
+                        buffer,
+                        durable: false,
+                    }
                 }
                 SealStep::Sync => LogCommand::Sync { op, first: start, last: start },
             });

@@ -119,7 +119,7 @@ impl Log {
         let mut segments = SegmentList::new(segment_bytes, log_start, file.sealed_lsn);
         let mut next = file.oldest_lsn.floor(segment_bytes);
         // Trailers that the control file does not vouch for were perhaps never synced, as the end of the log.
-        let mut first_trailer = None;
+        let mut unsynced_trailer = None;
         while next < end.record_end && end.record_end > file.oldest_lsn {
             if starts.binary_search(&next).is_err() {
                 return Err(RecoverError::MissingSegment(next));
@@ -127,7 +127,7 @@ impl Log {
             let complete = next.advance(segment_bytes) <= end.record_end;
             let found = complete && next >= file.sealed_lsn && has_trailer(reader, log, next, segment_bytes)?;
             if found {
-                first_trailer.get_or_insert(next);
+                unsynced_trailer.get_or_insert(next);
             }
             let sealed = complete && (next < file.sealed_lsn || found);
             segments.push_found(next, sealed);
@@ -138,7 +138,7 @@ impl Log {
 
         let found = end.record_end > file.scan_start.record_end;
         let first_found = found.then(|| file.scan_start.record_end.floor(segment_bytes));
-        let first = [first_found, first_trailer].into_iter().flatten().min();
+        let first = [first_found, unsynced_trailer].into_iter().flatten().min();
         let sync = first.map(|first| (first, Lsn(end.record_end.0 - 1).floor(segment_bytes)));
         let acceptor = Acceptor::new(file.identity, file.acceptor, end, now)?;
         let start = Start {
@@ -152,6 +152,7 @@ impl Log {
             control_copy: Some(copy),
             control_durable: !differ,
             sync,
+            unsynced_trailer: unsynced_trailer.is_some(),
             orphans,
         };
         Ok(Recovered { log: Log::new(start, now), scan_end, control_repaired: differ })

@@ -464,8 +464,8 @@ fn recovered_log_syncs_what_it_found_before_it_votes() {
     assert_eq!(Some(&format!("reply voted 1.2 at {found}")), node.trace.last());
 }
 
-/// Found by the simulator (seed 1568): a trailer that was written but not synced was found by the next process, which
-/// counted the segment as sealed; a loss of power then took the trailer away for good.
+/// Found by the simulator: a trailer that was written but not synced was found by the next process, which counted the
+/// segment as sealed; a loss of power, or a sync that fails, then took the trailer away for good.
 #[test]
 fn recovered_log_syncs_the_trailers_that_it_found() {
     let (mut node, mut writer) = elected_node(SMALL);
@@ -484,8 +484,11 @@ fn recovered_log_syncs_the_trailers_that_it_found() {
     }
     // The trailer is written, its sync is under way; the control file knows the end, but not the trailer.
     node.restart();
-    assert!(node.log.segment(START).unwrap().sealed);
     assert!(node.trace[0].starts_with(&format!("sync {START}..=")), "{:?}", node.trace);
+    assert!(node.log.segment(START).unwrap().sealed);
+    assert_eq!(Ok(START), node.log.readable(START, Reader::Anyone));
+    node.settle();
+    assert!(node.log.readable(START, Reader::Anyone).unwrap() > START);
 }
 
 #[test]

@@ -135,13 +135,7 @@ impl LogFiles {
     ///
     /// # Errors
     /// Those of the file system.
-    pub async fn write(
-        &self,
-        start: Lsn,
-        offset: u64,
-        buffer: Buffer,
-        durable: bool,
-    ) -> (io::Result<()>, Buffer) {
+    pub async fn write(&self, start: Lsn, offset: u64, buffer: Buffer, durable: bool) -> (io::Result<()>, Buffer) {
         match self.writer(start, durable).await {
             Ok(file) => {
                 let (result, Owned(buffer)) = file.write_at(Owned(buffer), offset).await;
@@ -188,7 +182,9 @@ impl LogFiles {
     /// Those of the file system.
     pub async fn write_control(&self, copy: u8, buffer: Buffer) -> (io::Result<()>, Buffer) {
         let path = self.control_path(copy);
-        let open = |create_new| File::open(&path, OpenOptions { write: true, create_new, direct: self.direct, durable: false });
+        let open = |create_new| {
+            File::open(&path, OpenOptions { write: true, create_new, direct: self.direct, durable: false })
+        };
         let (file, created) = match open(false).await {
             Ok(file) => (file, false),
             Err(error) if error.kind() == io::ErrorKind::NotFound => match open(true).await {

@@ -332,7 +332,9 @@ impl Spares {
         let new = self.directory.join(format!("new-{number}"));
         let spare = self.directory.join(format!("spare-{number}"));
         let result = async {
-            let file = File::open(&new, OpenOptions { write: true, create_new: true, direct: self.direct, durable: false }).await?;
+            let file =
+                File::open(&new, OpenOptions { write: true, create_new: true, direct: self.direct, durable: false })
+                    .await?;
             driver::fill_with_zeros(&file, SEGMENT_FILE_BYTES).await?;
             let (from, to) = (new.clone(), spare.clone());
             driver::unblock(move || std::fs::rename(from, to)).await
