@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bench import append, commits, idle, tpcb
 from bench.report import Row, table
+from lakebase_testing.postgres import remove_templates
 
 # Which rows a part gives; parts share servers, so they run whole.
 PARTS: dict[str, tuple[Sequence[str], Callable[[], list[Row]]]] = {
@@ -30,7 +31,11 @@ def main(wanted: Sequence[str]) -> int:
         if not chosen:
             continue
         print(f"--- {name}: {' '.join(ids)}", flush=True)
-        for row in measure():
+        try:
+            measured = measure()
+        finally:
+            remove_templates()
+        for row in measured:
             row.save()
             rows.append(row)
     print(table(rows))

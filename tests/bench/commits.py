@@ -1,6 +1,7 @@
 """P2, P3 and CPU per commit: one-statement commits against stock PostgreSQL with `ANY 2` of three pg_receivewal."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,13 +26,15 @@ def _cpu_seconds(pids: Sequence[int]) -> float:
 
 def measure() -> list[Row]:
     """Alternates both servers for 1, 16 and 64 clients."""
-    script = scratch("script") / "commit.sql"
-    script.write_text(STATEMENT)
-    arguments = ["--no-vacuum", "--protocol=prepared", f"--file={script}", f"--time={SECONDS}"]
     latency: list[tuple[float, float]] = []
     rate: dict[int, list[tuple[float, float]]] = {16: [], 64: []}
     cpu: list[tuple[float, float]] = []
     with ExitStack() as stack:
+        directory = scratch("script")
+        stack.callback(shutil.rmtree, directory)
+        script = directory / "commit.sql"
+        script.write_text(STATEMENT)
+        arguments = ["--no-vacuum", "--protocol=prepared", f"--file={script}", f"--time={SECONDS}"]
         stock = Stock(quorum=True)
         stock.start(stack)
         cluster, writer = lakebase(stack)

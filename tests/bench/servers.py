@@ -1,6 +1,7 @@
 """The servers under comparison, started side by side, and pgbench against either of them."""
 
 import re
+import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,7 @@ class Stock:
         for process in [*self.receivers, self.server.process]:
             if process.is_running:
                 process.kill()
+        shutil.rmtree(self.directory)
 
     @property
     def port(self) -> int:
