@@ -146,7 +146,7 @@ impl File {
                 result => return result.map(|inner| Self { inner, direct: true }),
             }
         }
-        let inner = open(path, options, 0).await?;
+        let inner = open(path, options, sync).await?;
         Ok(Self { inner, direct: false })
     }
 

@@ -91,6 +91,7 @@ fn forbid_io_uring() -> io::Result<()> {
 
 async fn suite() -> driver::DriverKind {
     files_keep_what_was_synced().await;
+    files_opened_as_durable_are_so_with_and_without_direct_io().await;
     streams_carry_both_directions(None).await;
     streams_carry_both_directions(Some(tls())).await;
     a_stream_moves_to_another_core(None).await;
@@ -146,6 +147,42 @@ async fn files_keep_what_was_synced() {
 
     let again = File::open(&path, OpenOptions { write: true, create_new: true, direct, durable: false }).await;
     assert_eq!(Some(io::ErrorKind::AlreadyExists), again.err().map(|error| error.kind()));
+}
+
+/// The kernel must be asked for durable writes on every file system, those without direct I/O included: nothing else makes
+/// them durable, and no write fails where it was not asked.
+async fn files_opened_as_durable_are_so_with_and_without_direct_io() {
+    let directory = Directory(std::env::temp_dir().join(format!("driver-durable-{}", std::process::id())));
+    std::fs::create_dir(&directory.0).unwrap();
+    for direct in [false, driver::direct_io_works(&directory.0).await.unwrap()] {
+        for durable in [false, true] {
+            let path = directory.0.join(format!("direct-{direct}-durable-{durable}"));
+            std::fs::write(&path, [0; BLOCK_BYTES]).unwrap();
+            let options = OpenOptions { write: true, direct, durable, ..OpenOptions::default() };
+            let file = File::open(&path, options).await.unwrap();
+            assert_eq!(direct, file.is_direct());
+            let asked: Vec<bool> = open_flags(&path).iter().map(|flags| flags & libc::O_DSYNC != 0).collect();
+            assert!(
+                asked.contains(&durable) && !asked.contains(&!durable),
+                "direct {direct}, durable {durable}: {asked:?}"
+            );
+            file.write_at(AlignedBuffer::zeroed(BLOCK_BYTES), 0).await.0.unwrap();
+        }
+    }
+}
+
+/// Flags of each descriptor of this process that leads to `path` (proc(5), fdinfo).
+fn open_flags(path: &std::path::Path) -> Vec<i32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let entry = entry.unwrap();
+        if std::fs::read_link(entry.path()).is_ok_and(|target| target == path) {
+            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", entry.file_name().display())).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            found.push(i32::from_str_radix(flags.trim(), 8).unwrap());
+        }
+    }
+    found
 }
 
 type Configs = (Arc<rustls::ServerConfig>, Arc<rustls::ClientConfig>, Vec<u8>);
