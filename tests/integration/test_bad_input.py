@@ -162,6 +162,24 @@ def test_calls_with_wrong_contents_get_an_error_that_says_so() -> None:
                 assert reply.text.strip(), f"{name}: no text"
 
 
+def test_a_caller_that_fails_again_and_again_is_logged_once() -> None:
+    """A broken client tries for ever; a line for each attempt would fill the disk and hide what matters."""
+    with LocalCluster(members=1) as cluster:
+        cluster.expect_log("WARN")
+        writer = cluster.start_writer()
+        assert cluster.authority is not None
+        entitled = cluster.authority.issue("operator", "trudy").client_context()
+        for port, process in (
+            (cluster.safekeepers[0].ports["admin"], cluster.safekeepers[0].process),
+            (writer.admin_port, writer.process),
+        ):
+            for _ in range(20):
+                throw(port, GARBAGE["http"](random.Random(1)))
+                throw(port, GARBAGE["endless header"](random.Random(1)), entitled)
+            lines = [line for line in process.log_text().splitlines() if "HTTP connection ended" in line]
+            assert len(lines) == 2, f"one for the handshake, one for the header expected: {lines}"
+
+
 def test_the_same_log_created_again_is_no_error_and_no_change() -> None:
     """The operator repeats steps after a crash of its own."""
     with LocalCluster() as cluster:

@@ -3,6 +3,7 @@
 use axum::{
     Json,
     body::{Body, to_bytes},
+    extract::rejection::JsonRejection,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -55,11 +56,23 @@ impl From<NotAllowed> for ApiError {
     }
 }
 
+impl From<JsonRejection> for ApiError {
+    fn from(rejection: JsonRejection) -> Self {
+        let status = rejection.status();
+        Self::new(status, code_of(status), rejection.body_text())
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let body = serde_json::json!({ "error": self.code, "message": self.message });
         (self.status, Json(body)).into_response()
     }
+}
+
+/// The standard's name of a status, as a code.
+fn code_of(status: StatusCode) -> String {
+    status.canonical_reason().unwrap_or("error").to_lowercase().replace(|c: char| !c.is_ascii_alphanumeric(), "_")
 }
 
 /// Turns error responses that are not JSON (of axum's routing and extractors) into our form.
@@ -77,8 +90,7 @@ pub(crate) async fn as_json(response: Response) -> Response {
     let reason = status.canonical_reason().unwrap_or("error");
     let text = to_bytes(body, TEXT_BYTES_MAX).await.ok().and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
     let message = text.filter(|text| !text.is_empty()).unwrap_or_else(|| reason.to_owned());
-    let code = reason.to_lowercase().replace(|c: char| !c.is_ascii_alphanumeric(), "_");
-    let body = serde_json::json!({ "error": code, "message": message }).to_string();
+    let body = serde_json::json!({ "error": code_of(status), "message": message }).to_string();
     parts.headers.insert(header::CONTENT_TYPE, json);
     Response::from_parts(parts, Body::from(body))
 }

@@ -7,7 +7,7 @@ use std::{
     pin::pin,
     sync::Arc,
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -34,7 +34,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::{ApiError, error::as_json};
+use crate::{ApiError, Notices, error::as_json};
 
 /// Largest request body.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -116,6 +116,9 @@ async fn accept(
     mut stopping: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    // A caller with a wrong certificate or a broken client tries again for ever.
+    let (notices, started) = (Arc::new(Notices::default()), Instant::now());
+    let now = move || pgtypes::Instant(started.elapsed().as_nanos() as u64);
     loop {
         let place = tokio::select! {
             place = places.clone().acquire_owned() => place,
@@ -125,16 +128,20 @@ async fn accept(
             accepted = listener.accept() => match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!(%error, "HTTP connection not accepted");
+                    if notices.is_new("accept", now()) {
+                        tracing::warn!(%error, "HTTP connection not accepted");
+                    }
                     sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             },
             _ = stopping.wait_for(|stop| *stop) => break,
         };
-        let (tls, router, stopping) = (tls.clone(), router.clone(), stopping.clone());
+        let (tls, router, stopping, notices) = (tls.clone(), router.clone(), stopping.clone(), notices.clone());
         tokio::spawn(async move {
-            if let Err(error) = connection(stream, tls, router, stopping).await {
+            if let Err(error) = connection(stream, tls, router, stopping).await
+                && notices.is_new(&format!("{} {}", peer.ip(), error.kind()), now())
+            {
                 tracing::warn!(%peer, %error, "HTTP connection ended");
             }
             drop(place);
@@ -153,6 +160,17 @@ enum ConnectionError {
     HandshakeTimeout,
     #[error(transparent)]
     Http(#[from] hyper::Error),
+}
+
+impl ConnectionError {
+    /// What is logged once per address: without the contents, which the caller could vary.
+    fn kind(&self) -> &'static str {
+        match self {
+            ConnectionError::Handshake(_) => "handshake",
+            ConnectionError::HandshakeTimeout => "handshake time",
+            ConnectionError::Http(_) => "http",
+        }
+    }
 }
 
 async fn connection(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use admin::ApiError;
+use admin::{ApiError, Unread};
 use axum::{
     Extension, Json, Router,
     extract::State,
@@ -107,12 +107,8 @@ struct GrantBody {
     writer: String,
 }
 
-async fn take_grant(
-    State(shared): State<Shared>,
-    Extension(caller): Extension<Caller>,
-    Json(body): Json<GrantBody>,
-) -> Result<Response, ApiError> {
-    caller.authorize(Call::Grant, shared.cluster)?;
+async fn take_grant(State(shared): State<Shared>, body: Unread) -> Result<Response, ApiError> {
+    let body: GrantBody = body.authorized(Call::Grant, shared.cluster).await?;
     let writer = body.writer.parse().map_err(|e| ApiError::bad_request(format!("writer: {e}")))?;
     if body.term == 0 {
         return Err(ApiError::bad_request("term: must be above 0"));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use admin::ApiError;
+use admin::{ApiError, Unread};
 use axum::{
     Extension, Json, Router,
     extract::{Path, State},
@@ -102,12 +102,11 @@ async fn log_status(
 
 async fn create(
     State(process): Shared,
-    Extension(caller): Extension<Caller>,
     Path((cluster, branch)): Path<(String, String)>,
-    Json(body): Json<CreateLog>,
+    body: Unread,
 ) -> Result<(StatusCode, Json<LogStatus>), ApiError> {
     let log = log_id(&cluster, &branch)?;
-    caller.authorize(Call::CreateLog, log.cluster)?;
+    let body: CreateLog = body.authorized(Call::CreateLog, log.cluster).await?;
     let result = process
         .ask(process.core_of(log), move |core, answer| {
             let core = core.clone();
@@ -155,12 +154,11 @@ async fn delete(
 
 async fn fence(
     State(process): Shared,
-    Extension(caller): Extension<Caller>,
     Path((cluster, branch)): Path<(String, String)>,
-    Json(body): Json<Fence>,
+    body: Unread,
 ) -> Answer<Fenced> {
     let log = log_id(&cluster, &branch)?;
-    caller.authorize(Call::Fence, log.cluster)?;
+    let body: Fence = body.authorized(Call::Fence, log.cluster).await?;
     if body.term == 0 {
         return Err(ApiError::bad_request("term 0 is nobody's; terms start at 1"));
     }
@@ -209,12 +207,11 @@ fn fence_refused(refused: &Refused) -> ApiError {
 
 async fn membership(
     State(process): Shared,
-    Extension(caller): Extension<Caller>,
     Path((cluster, branch)): Path<(String, String)>,
-    Json(body): Json<ConfigurationJson>,
+    body: Unread,
 ) -> Answer<MembershipChanged> {
     let log = log_id(&cluster, &branch)?;
-    caller.authorize(Call::ChangeMembership, log.cluster)?;
+    let body: ConfigurationJson = body.authorized(Call::ChangeMembership, log.cluster).await?;
     let configuration = Configuration::from(body);
     let result = process
         .ask(process.core_of(log), move |core, answer| match core.log(log) {
@@ -242,13 +239,12 @@ async fn membership(
 
 async fn set_consumer(
     State(process): Shared,
-    Extension(caller): Extension<Caller>,
     Path((cluster, branch, name)): Path<(String, String, String)>,
-    Json(body): Json<SetConsumer>,
+    body: Unread,
 ) -> Answer<serde_json::Value> {
     let log = log_id(&cluster, &branch)?;
     // Who decides what WAL is kept may as well delete the log.
-    caller.authorize(Call::DeleteLog, log.cluster)?;
+    let body: SetConsumer = body.authorized(Call::DeleteLog, log.cluster).await?;
     let result = process
         .ask(process.core_of(log), move |core, answer| {
             let result = core.log(log).map(|log| log.set_consumer(&name, body.confirmed_lsn));

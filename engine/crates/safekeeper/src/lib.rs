@@ -13,7 +13,6 @@ pub mod followers;
 pub mod log;
 pub mod log_directory;
 pub mod metrics;
-pub mod notices;
 pub mod outbox;
 mod peers;
 pub mod process;

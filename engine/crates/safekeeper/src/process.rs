@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
+use admin::Notices;
 use driver::{DriverKind, mpsc, oneshot};
 use identity::{Caller, NotAllowed, Tls};
 use pgtypes::{ClusterId, DiskId, Instant, LogId, MemberId};
 
 use crate::{
     api::DamagedLog, config::Config, core::Core, data_dir::DataDir, followers::Admission, metrics::Metrics,
-    notices::Notices, spares::Spares,
+    spares::Spares,
 };
 
 /// Requests from other threads that wait for a core. At the bound the caller is told to try again.

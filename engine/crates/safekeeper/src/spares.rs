@@ -16,11 +16,12 @@ use std::{
     time::Duration,
 };
 
+use admin::Notices;
 use driver::{EventFd, File, OpenOptions, oneshot};
 use logstore::{SEGMENT_FILE_BYTES, parse_segment_file_name, segment_file_name};
 use pgtypes::{Instant, Lsn};
 
-use crate::{metrics::Metrics, notices::Notices};
+use crate::metrics::Metrics;
 
 /// How often the free space is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use admin::Notices;
 use driver::{Connection, Detached};
 use identity::{Call, FollowerTls, NotAllowed, Tls, peer_of};
 use pgtypes::LogId;
@@ -12,7 +13,6 @@ use wire::postgres::{
 };
 
 use super::{FollowerMetrics, SessionError, SlotLimits, inbound, users};
-use crate::notices::Notices;
 
 /// From the first byte to the login (PostgreSQL's `authentication_timeout`).
 const LOGIN_LIMIT: Duration = Duration::from_secs(60);
