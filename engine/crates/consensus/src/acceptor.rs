@@ -823,6 +823,16 @@ impl Acceptor {
     pub fn handle_disk_failed(&mut self) {
         self.disk_failed = true;
         let refused = self.refusal(Refusal::DiskFailed, 0);
+        // Answers that the store has not taken yet: until it is ready it holds back even those that waited for nothing
+        // (a fence repeated, a vote repeated), because what it found at its start is not known to be durable.
+        for command in &mut self.commands {
+            match command {
+                AcceptorCommand::Reply { message, .. } => *message = Released::refused(refused.clone()),
+                AcceptorCommand::ReplyFence { result, .. } => *result = Err(refused.clone()),
+                AcceptorCommand::ReplyConfiguration { result, .. } => *result = Err(ConfigurationError::DiskFailed),
+                _ => {}
+            }
+        }
         if let Some(electing) = self.electing.take() {
             self.refuse(electing.connection, refused.clone());
         }

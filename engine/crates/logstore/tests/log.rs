@@ -234,6 +234,47 @@ fn after_a_failed_durable_write_nothing_is_acknowledged_any_more() {
     fail_and_go_on(node, writer, first);
 }
 
+/// A process that was killed between the two copies of a control file comes back with a fence that is durable in neither.
+#[test]
+fn a_fence_found_at_the_start_is_not_confirmed_when_the_control_file_cannot_be_written() {
+    let mut node = Node::ready(SMALL);
+    node.elect(ballot(1, 1));
+    node.fence(2);
+    node.poll();
+    assert_eq!(["control 0"], *node.trace);
+    node.end(0);
+    node.restart();
+    assert_eq!(["control 1"], *node.trace);
+    // The operator asks again, and finds it fenced already.
+    node.fence(2);
+    node.poll();
+    assert_eq!(["control 1"], *node.trace);
+
+    node.faults.failing = true;
+    node.settle();
+
+    assert_eq!("fenced Err(", &node.trace.last().unwrap()[..11], "{:?}", node.trace);
+}
+
+/// A vote that was given before says where the log ends, which after a start is what the page cache holds.
+#[test]
+fn a_vote_is_not_repeated_when_what_was_found_at_the_start_cannot_be_synced() {
+    let (mut node, mut writer) = elected_node(SMALL);
+    writer.record(1, 100);
+    node.append(ballot(1, 1), START, &writer.bytes, START);
+    node.settle();
+    node.restart();
+    node.vote(ballot(1, 1));
+    node.poll();
+    assert!(node.replies.is_empty());
+
+    node.faults.failing = true;
+    node.settle();
+
+    assert_eq!([Refusal::DiskFailed], *refusals(&node));
+    assert_eq!(Lsn::INVALID, node.acknowledged());
+}
+
 /// What follows the failure of the operation under way.
 fn fail_and_go_on(mut node: Node, mut writer: Writer, first: Lsn) {
     node.faults.failing = true;
