@@ -4,14 +4,18 @@ import base64
 import hashlib
 import hmac
 import os
+import shutil
+from typing import cast
 
 import psycopg
 import pytest
 
+from lakebase_testing.admin import Json
 from lakebase_testing.clients import Inserters, create_table, stored_ids
 from lakebase_testing.cluster import LocalCluster, Safekeeper, lsn_of
+from lakebase_testing.environment import scratch
 from lakebase_testing.followers import Receiver, standby, wait_replayed
-from lakebase_testing.postgres import quote_conninfo, run_as_postgres
+from lakebase_testing.postgres import promoted_backup, quote_conninfo, run_as_postgres
 from lakebase_testing.waiting import hold, wait_for
 from lakebase_testing.wal import assert_files_equal
 
@@ -45,6 +49,48 @@ def test_followers_follow_across_changes_of_the_writer() -> None:
         assert assert_files_equal(cluster, receiver.directory, start, end, whole=True) == end - start
         follower.stop()
         receiver.stop()
+
+
+@pytest.mark.parametrize("promotions", [1, 2])
+def test_a_log_begins_with_its_segment_where_the_base_backup_was_promoted_in_it(promotions: int) -> None:
+    """The segment begins on timeline 1, the backup ends on a later one: the log has both, and whoever follows gets all of it.
+
+    Once, the log was created with the timeline of the backup's checkpoint, and the first page was refused as older than the log.
+    """
+    directory = scratch("promoted")
+    with LocalCluster(backup=promoted_backup(directory, promotions)) as cluster:
+        cluster.expect_log("WARN", "ERROR.*fenced")
+        start = lsn_of(cluster.safekeepers[0].log_status()["start_lsn"])
+        assert cluster.safekeepers[0].log_status()["timeline"] == 1
+        before_the_writer, behind_the_writer = Receiver(cluster, "early"), Receiver(cluster, "late")
+        before_the_writer.start()
+        writer = cluster.start_writer()
+        behind_the_writer.start()
+        follower = standby(cluster)
+        follower.start()
+        with writer.connect() as connection:
+            create_table(connection)
+            connection.execute("insert into acknowledged select id, '' from generate_series(1, 1000) id")
+        timelines = cast("list[Json]", cluster.safekeepers[0].log_status()["timelines"])
+        assert [timeline["timeline"] for timeline in timelines] == [1, promotions + 1]
+        assert start < lsn_of(timelines[1]["start_lsn"]) < start + cluster.segment_bytes
+
+        # Replays the backup's own timeline from the safekeepers, and begins the next.
+        writer.process.kill()
+        writer = cluster.start_writer()
+        with writer.connect() as connection:
+            assert len(stored_ids(connection)) == 1000
+            connection.execute("insert into acknowledged values (1001, '')")
+        end = cluster.wait_caught_up()
+        wait_replayed(follower, end)
+        with follower.connect() as connection:
+            assert len(stored_ids(connection)) == 1001
+        for receiver in (before_the_writer, behind_the_writer):
+            receiver.wait_stored(end)
+            assert assert_files_equal(cluster, receiver.directory, start, end, whole=True) == end - start
+            receiver.stop()
+        follower.stop()
+    shutil.rmtree(directory)
 
 
 def test_followers_see_committed_wal_only() -> None:

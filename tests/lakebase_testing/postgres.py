@@ -165,6 +165,23 @@ class StockServer:
         return parse_lsn(row[0]) if row[0] else 0
 
 
+def promoted_backup(directory: Path, promotions: int) -> Path:
+    """Returns a cleanly shut down PGDATA whose last WAL segment begins on timeline 1 and ends on a later one.
+
+    A server without a primary is started as a standby and promoted, `promotions` times; each writes a few records.
+    """
+    server = StockServer.create(directory, base_backup(), primary_conninfo={})
+    for _ in range(promotions):
+        (server.data / "standby.signal").touch()
+        give_to_postgres(server.data / "standby.signal")
+        server.start()
+        with server.connect() as connection:
+            connection.execute("select pg_promote()")
+            connection.execute("select pg_create_restore_point('promoted')")
+        server.stop()
+    return server.data
+
+
 def parse_lsn(text: str) -> int:
     """Parses `HIGH/LOW`."""
     high, low = text.split("/")

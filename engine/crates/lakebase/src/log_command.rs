@@ -1,9 +1,7 @@
 //! `lakebase log`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use pgformat::{ControlFile, DatabaseState};
-use pgtypes::Lsn;
 use reqwest::Method;
 use safekeeper::api::{ConfigurationJson, CreateLog, LogStatus, MemberJson};
 
@@ -33,16 +31,9 @@ pub(crate) enum Command {
     },
 }
 
-/// Bytes of a shut-down checkpoint record: header 24, data header 2, `CheckPoint` 88, aligned to 8.
-const CHECKPOINT_RECORD_BYTES: u64 = 120;
-/// `XLOG_BLCKSZ`.
-const WAL_PAGE_BYTES: u64 = 8192;
-/// `SizeOfXLogShortPHD` and `SizeOfXLogLongPHD` (`access/xlog_internal.h`).
-const PAGE_HEADER_BYTES: (u64, u64) = (24, 40);
-
 pub(crate) fn run(command: &Command) -> CommandResult {
     let Command::Create { safekeepers, log, base_backup, tls } = command;
-    let control = read_control(base_backup)?;
+    let base = compute::inspect_base(base_backup)?;
     let client = Client::new(tls)?;
     let answers = ask_all(&client, safekeepers)?;
     if answers.len() < safekeepers.len() {
@@ -60,13 +51,13 @@ pub(crate) fn run(command: &Command) -> CommandResult {
     if let Some(pair) = members.windows(2).find(|pair| pair[0].member == pair[1].member) {
         return Err(format!("two of the safekeepers have member number {}", pair[0].member).into());
     }
-    let segment_bytes = u64::from(control.segment_bytes);
     let body = CreateLog {
-        system_id: control.system_id.0,
-        segment_bytes,
-        start_lsn: end_of_checkpoint(control.checkpoint_lsn, segment_bytes).floor(segment_bytes),
-        timeline: control.checkpoint.timeline.0,
-        max_full_xid: control.checkpoint.next_full_xid.saturating_sub(1),
+        system_id: base.control.system_id.0,
+        segment_bytes: base.segment_bytes(),
+        start_lsn: base.start_lsn,
+        // Not the checkpoint's: the segment may begin before a promotion that it holds, and the log begins with the segment.
+        timeline: base.start_timeline.0,
+        max_full_xid: base.control.checkpoint.next_full_xid.saturating_sub(1),
         configuration: ConfigurationJson { generation: 1, members, new_members: None },
     };
     let path = format!("/v1/logs/{}/{}", log.cluster, log.branch);
@@ -81,56 +72,4 @@ pub(crate) fn run(command: &Command) -> CommandResult {
 pub(crate) fn member_of(safekeeper: &Safekeeper<'_>) -> Result<MemberJson, String> {
     let address = format!("{}:{}", host_of(safekeeper.url)?, safekeeper.status.append_port);
     Ok(MemberJson { member: safekeeper.status.member, disk: safekeeper.status.disk, address })
-}
-
-/// The `pg_control` of a cleanly shut down PGDATA.
-fn read_control(pgdata: &Path) -> Result<ControlFile, String> {
-    let path = pgdata.join("global/pg_control");
-    let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let control = ControlFile::parse(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
-    if control.state != DatabaseState::ShutDown {
-        let state = control.state;
-        return Err(format!(
-            "{}: not shut down cleanly ({state:?}): stop PostgreSQL with `pg_ctl stop -m fast`",
-            pgdata.display()
-        ));
-    }
-    if pgdata.join("postmaster.pid").exists() {
-        return Err(format!("{}: PostgreSQL runs on it (postmaster.pid exists)", pgdata.display()));
-    }
-    Ok(control)
-}
-
-/// Where the shut-down checkpoint that starts at `start` ends: the last record of the backup.
-fn end_of_checkpoint(start: Lsn, segment_bytes: u64) -> Lsn {
-    let in_page = WAL_PAGE_BYTES - start.offset_in(WAL_PAGE_BYTES);
-    if in_page >= CHECKPOINT_RECORD_BYTES {
-        return start.advance(CHECKPOINT_RECORD_BYTES);
-    }
-    let next_page = start.advance(in_page);
-    let (short, long) = PAGE_HEADER_BYTES;
-    let header = if next_page.offset_in(segment_bytes) == 0 { long } else { short };
-    next_page.advance(header + CHECKPOINT_RECORD_BYTES - in_page)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use pgtypes::{PgTimeline, SystemId};
-    use wal::{RecordSpec, WalWriter, main_data, rmgr};
-
-    /// Wherever the record lies: in a page, over the border of two pages, over the border of two segments.
-    #[test]
-    fn end_of_checkpoint_is_where_the_writer_ends_it() {
-        const SEGMENT_BYTES: u64 = 1 << 20;
-        let checkpoint = main_data(&[0; 88]);
-        for before in (0..400).chain(130_600..131_000) {
-            let start = Lsn(SEGMENT_BYTES * 2 - 131_072 - 8192);
-            let mut writer = WalWriter::new(start, Lsn::INVALID, SEGMENT_BYTES, SystemId(1), PgTimeline(1));
-            let filler = main_data(&vec![0; 8000 + before]);
-            writer.append(RecordSpec { rmgr: rmgr::XLOG, info: 0x20, xid: 0, payload: &filler });
-            let (start, end) = writer.append(RecordSpec { rmgr: rmgr::XLOG, info: 0, xid: 0, payload: &checkpoint });
-            assert_eq!(end, end_of_checkpoint(start, SEGMENT_BYTES), "{start}");
-        }
-    }
 }
