@@ -16,7 +16,7 @@ use consensus::message::TimelineEntry;
 use pgformat::{HistoryFile, history_file_name};
 use pgtypes::{FrameSummary, Lsn, PgTimeline, SystemId};
 use vfs_abi::Written;
-use wal::{RecordInfo, Scanner, Unsupported, WalError};
+use wal::{RecordInfo, Scanner, Unsupported, WalError, WalErrorKind};
 
 use crate::base::{is_absent, segment_path};
 
@@ -162,10 +162,12 @@ impl Framer {
         };
         self.scanner.feed(self.window.slice(cursor, final_end), &mut note)?;
         let mut ahead = self.scanner;
-        // An error here is the end of what PostgreSQL has finished.
-        let _end = ahead.feed(self.window.slice(final_end, end), &mut note);
+        let refused = ahead.feed(self.window.slice(final_end, end), &mut note).err();
         if let Some((lsn, reason)) = unsupported {
             return Err(FramerError::Unsupported { lsn, reason });
+        }
+        if let Some(error) = refused.filter(|error| !may_be_unfinished(error.kind)) {
+            return Err(error.into());
         }
         self.record_end = self.record_end.max(ahead.summary().record_end);
         self.sendable = self.sendable.max(final_end).max(self.record_end);
@@ -251,6 +253,22 @@ impl Framer {
             return Err(wrong(format!("begins at {start_lsn}, before the end of the log at {}", self.start)));
         }
         Ok(Some(TimelineEntry { timeline, start_lsn, history_file }))
+    }
+}
+
+/// Whether a record that PostgreSQL has not finished looks like this: a part of it is zeros still, or, behind `XLOG_SWITCH`,
+/// not zeros yet. A page's header is complete before the page is written, and so is a record whose checksum matches: if these
+/// are refused, a flush may wait for what is not understood, and must not be told that there was nothing.
+fn may_be_unfinished(kind: WalErrorKind) -> bool {
+    match kind {
+        WalErrorKind::EndOfWal
+        | WalErrorKind::RecordLength(_)
+        | WalErrorKind::ResourceManager(_)
+        | WalErrorKind::PrevLink { .. }
+        | WalErrorKind::Crc
+        | WalErrorKind::SwitchRest
+        | WalErrorKind::Padding => true,
+        WalErrorKind::PageHeader(_) | WalErrorKind::Record(_) => false,
     }
 }
 
@@ -476,6 +494,36 @@ mod tests {
         let end = server.append(rmgr::XLOG, 500);
         server.write(end);
         server.written.final_lsn = server.written.written_lsn;
+        assert!(matches!(framer.step(server.written), Err(FramerError::Wal(_))));
+    }
+
+    /// Its checksum matches, so it is complete, and a flush may wait for it: not understood is not the same as not there.
+    #[test]
+    fn a_complete_record_that_is_not_understood_is_an_error_in_the_last_page_too() {
+        let mut server = Server::new("misunderstood");
+        let mut framer = server.framer();
+        let first = server.append(rmgr::XLOG, 500);
+        // A commit that ends inside its time (`xl_xact_commit`).
+        let payload = main_data(&[7; 4]);
+        let spec = RecordSpec { rmgr: rmgr::XACT, info: 0, xid: 3, payload: &payload };
+        let end = server.writer.append(spec).1;
+        server.write(first);
+        assert_eq!(first, framer.step(server.written).expect("valid").record_end);
+        server.write(end);
+        assert!(matches!(framer.step(server.written), Err(FramerError::Wal(_))));
+    }
+
+    /// The header of a page is complete before the page is written.
+    #[test]
+    fn a_bad_header_of_the_last_page_is_an_error() {
+        let mut server = Server::new("header");
+        let mut framer = server.framer();
+        let end = server.append(rmgr::XLOG, 9_000);
+        server.write(end);
+        let path = segment_path(&server.pgdata, PgTimeline(1), Lsn(SEGMENT), SEGMENT);
+        let mut bytes = fs::read(&path).expect("read");
+        bytes[PAGE as usize + 8] ^= 1;
+        fs::write(&path, bytes).expect("written");
         assert!(matches!(framer.step(server.written), Err(FramerError::Wal(_))));
     }
 
