@@ -17,7 +17,7 @@ use std::{
 
 use consensus::{
     ANNOUNCE_DELAY, Configuration, Grant, Proposer, ProposerCommand, TimelineHistory, Trouble,
-    message::{AcceptorMessage, AcceptorStatus, Append, ProposerMessage},
+    message::{AcceptorMessage, AcceptorStatus, Append, ProposerMessage, Refusal, Refused},
 };
 use driver::{Event, now};
 use futures_util::future::select;
@@ -438,13 +438,15 @@ impl Wal {
         written: Written,
         moment: Instant,
     ) -> Result<bool, FramerError> {
-        if !self.framer.is_news(written) {
-            return Ok(true);
-        }
+        // Also when the bytes are of before X: the WAL receiver's are settled at once, but those of a server that promoted
+        // itself before it had replayed the log are another history, and must not be.
         let timeline = PgTimeline(written.timeline);
         if let Some(entry) = self.framer.timeline_entry(timeline, *newest_timeline)? {
             *newest_timeline = timeline;
             proposer.handle_timeline(entry);
+        }
+        if !self.framer.is_news(written) {
+            return Ok(true);
         }
         let step = self.framer.step(written)?;
         proposer.handle_wal(self.framer.start(), step.sendable, moment);
@@ -475,6 +477,12 @@ async fn hold_link(session: Rc<Session>, member: MemberId, address: String, link
     let on_message = |message: AcceptorMessage| {
         let mut state = session.state.borrow_mut();
         if is_current(&state) {
+            // Usual for a moment after a grant; where it lasts, the status says that the fence is missing.
+            if let AcceptorMessage::Refused(Refused { reason: Refusal::TermNotGranted { known }, .. }) = &message {
+                let text = format!("the term was not granted here (fence): the last one known is {}", known.0);
+                state.troubles.insert(member, text);
+                session.show_members(&mut state);
+            }
             state.proposer.handle_message(member, message, now());
             session.pump(&mut state);
         }
@@ -580,5 +588,56 @@ fn trouble_text(trouble: &Trouble) -> String {
                 "the log of the voters ends at {end}, but {commit_lsn} is known to be committed: waiting for more votes"
             )
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use consensus::Member;
+    use pgtypes::{DiskId, Generation, Term};
+
+    const SEGMENT: u64 = 1 << 20;
+
+    fn proposer() -> Proposer {
+        let member = Member { member: MemberId(1), disk: DiskId::default(), address: "a:1".into() };
+        let configuration = Configuration { generation: Generation(0), members: vec![member], new_members: None };
+        Proposer::new(Grant { term: Term(1), writer: WriterId::default() }, Incarnation::default(), configuration)
+    }
+
+    /// `pg_ctl promote` during the replay: the new timeline begins below X, where the log has other records. Taken for the
+    /// WAL receiver's, its commits would be acknowledged by this machine alone.
+    #[test]
+    fn wal_of_a_server_that_was_promoted_before_the_end_of_the_log_is_never_settled() {
+        let pgdata = std::env::temp_dir().join(format!("lakebase-session-promoted-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&pgdata);
+        std::fs::create_dir_all(pgdata.join("pg_wal")).expect("created");
+        let start = FrameSummary {
+            record_end: Lsn(SEGMENT + 50_000),
+            record_start: Lsn(SEGMENT + 49_000),
+            timeline: PgTimeline(1),
+            ..FrameSummary::default()
+        };
+        let mut wal = Wal {
+            area: SharedArea::create(SEGMENT, 60_000).expect("memory"),
+            framer: Framer::new(&pgdata, start, SEGMENT, SystemId(77)),
+            queue: SettledQueue::new(),
+            killer: KillSlot::default(),
+            written_before: None,
+            under_way: None,
+            seen: 0,
+            broken: false,
+        };
+        let (mut proposer, mut newest) = (proposer(), PgTimeline(1));
+        let mut step = |timeline| {
+            let (written_lsn, final_lsn) = (SEGMENT + 24_576, SEGMENT + 16_384);
+            let written = Written { sequence: 1, written_lsn, final_lsn, timeline };
+            wal.step(&mut proposer, &mut newest, written, Instant(0))
+        };
+        assert!(matches!(step(1), Ok(true)), "the WAL receiver's");
+
+        std::fs::write(pgdata.join("pg_wal/00000002.history"), "1\t0/102000\tpromoted\n").expect("written");
+        assert!(matches!(step(2), Err(FramerError::Timeline { .. })));
+        std::fs::remove_dir_all(pgdata).expect("removed");
     }
 }
