@@ -59,6 +59,8 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("logging_collector", "off"),
     ("log_destination", "stderr"),
     ("data_sync_retry", "off"),
+    // Here, because a file of PGDATA or `ALTER SYSTEM` could switch it on otherwise; see `check_parameter`.
+    ("debug_io_direct", ""),
 ];
 
 /// Refuses a setting of the user's that the engine depends on.
@@ -237,6 +239,16 @@ mod tests {
         assert!(arguments.contains(&"fsync=on".to_owned()));
         assert!(!arguments.contains(&"fsync=off".to_owned()));
         assert!(arguments.contains(&"work_mem=64MB".to_owned()));
+    }
+
+    /// What `check_parameter` refuses must not come from a file of PGDATA either: the command line outranks files.
+    #[test]
+    fn settings_that_must_be_empty_are_named_on_the_command_line() {
+        let arguments = arguments(&BTreeMap::new(), &start());
+        for name in ["synchronous_standby_names", "debug_io_direct"] {
+            assert!(check_parameter(name, "x").is_err());
+            assert!(arguments.contains(&format!("{name}=")), "{name}");
+        }
     }
 
     #[test]
