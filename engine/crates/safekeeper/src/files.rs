@@ -6,6 +6,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
     io,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
@@ -90,6 +91,8 @@ pub struct LogFiles {
     used: Cell<bool>,
     /// How often a segment was forgotten: a file opened before may be another segment by now.
     forgotten: Cell<u64>,
+    /// By copy of the control file: its name is durable. Whoever created it may have failed, or ended, before that.
+    control_named: [Cell<bool>; 2],
 }
 
 impl LogFiles {
@@ -103,6 +106,7 @@ impl LogFiles {
             readers: RefCell::default(),
             used: Cell::new(false),
             forgotten: Cell::new(0),
+            control_named: Default::default(),
         }
     }
 
@@ -185,20 +189,22 @@ impl LogFiles {
         let open = |create_new| {
             File::open(&path, OpenOptions { write: true, create_new, direct: self.direct, durable: false })
         };
-        let (file, created) = match open(false).await {
-            Ok(file) => (file, false),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => match open(true).await {
-                Ok(file) => (file, true),
-                Err(error) => return (Err(error), buffer),
-            },
+        let opened = match open(false).await {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => open(true).await,
+            opened => opened,
+        };
+        let file = match opened {
+            Ok(file) => file,
             Err(error) => return (Err(error), buffer),
         };
         let (mut result, Owned(buffer)) = file.write_at(Owned(buffer), 0).await;
         if result.is_ok() {
             result = file.sync_data().await;
         }
-        if result.is_ok() && created {
+        let named = &self.control_named[usize::from(copy)];
+        if result.is_ok() && !named.get() {
             result = driver::sync_directory(&self.directory).await;
+            named.set(result.is_ok());
         }
         (result, buffer)
     }
@@ -341,9 +347,25 @@ impl<'a> RecoveryReader<'a> {
         use std::os::unix::fs::FileExt;
         let file = match &self.open {
             Some((open, file)) if *open == start => file,
-            _ => &self.open.insert((start, std::fs::File::open(self.files.segment_path(start))?)).1,
+            _ => {
+                let file = std::fs::File::open(self.files.segment_path(start))?;
+                forget_cached(&file)?;
+                &self.open.insert((start, file)).1
+            }
         };
         file.read_exact_at(buffer, offset)
+    }
+}
+
+/// Makes the kernel read the file anew, except for what it still has to write.
+///
+/// A page whose write-back failed stays in the page cache, clean. Once an earlier run was told of the failure, no sync
+/// reports it again: what is read from the cache would count as durable although the disk does not have it.
+fn forget_cached(file: &std::fs::File) -> io::Result<()> {
+    // SAFETY: no pointers; the descriptor is open.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
