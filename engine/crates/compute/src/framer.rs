@@ -258,16 +258,17 @@ impl Framer {
 
 /// Whether a record that PostgreSQL has not finished looks like this: a part of it is zeros still, or, behind `XLOG_SWITCH`,
 /// not zeros yet. A page's header is complete before the page is written, and so is a record whose checksum matches: if these
-/// are refused, a flush may wait for what is not understood, and must not be told that there was nothing.
+/// are refused, a flush may wait for what is not understood, and must not be told that there was nothing. A back-link to
+/// another place is a record of another history, such as a base backup's that ends where the log does.
 fn may_be_unfinished(kind: WalErrorKind) -> bool {
     match kind {
         WalErrorKind::EndOfWal
         | WalErrorKind::RecordLength(_)
         | WalErrorKind::ResourceManager(_)
-        | WalErrorKind::PrevLink { .. }
         | WalErrorKind::Crc
         | WalErrorKind::SwitchRest
         | WalErrorKind::Padding => true,
+        WalErrorKind::PrevLink { found, .. } => !found.is_valid(),
         WalErrorKind::PageHeader(_) | WalErrorKind::Record(_) => false,
     }
 }
@@ -509,6 +510,17 @@ mod tests {
         let end = server.writer.append(spec).1;
         server.write(first);
         assert_eq!(first, framer.step(server.written).expect("valid").record_end);
+        server.write(end);
+        assert!(matches!(framer.step(server.written), Err(FramerError::Wal(_))));
+    }
+
+    /// A PGDATA that ends at X, too, but is not what the log says.
+    #[test]
+    fn a_record_that_follows_another_history_is_an_error_in_the_last_page_too() {
+        let mut server = Server::new("history");
+        let mut framer = server.framer();
+        server.writer = WalWriter::new(Lsn(SEGMENT), Lsn(SEGMENT - 200), SEGMENT, SYSTEM, PgTimeline(1));
+        let end = server.append(rmgr::XLOG, 500);
         server.write(end);
         assert!(matches!(framer.step(server.written), Err(FramerError::Wal(_))));
     }
