@@ -10,7 +10,7 @@
 # LAKEBASE_PG_USER   who runs PostgreSQL when this is run by root (default postgres)
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,/^set -e/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-out=$1
+out=$(realpath -m "$1")
 bin=${LAKEBASE_TEST_PG:-$(pg_config --bindir)} || { echo "PostgreSQL 17 is missing: set LAKEBASE_TEST_PG" >&2; exit 2; }
 suites=${LAKEBASE_PG_TESTS:-$bin/../tests}
 regress=$(cd "$suites/regress" 2>/dev/null && pwd) || { echo "no regress/ in $suites: set LAKEBASE_PG_TESTS" >&2; exit 2; }
