@@ -1,0 +1,193 @@
+//! Oracle: every page that redo makes, against PostgreSQL's.
+//!
+//! PostgreSQL is found as `../wal/tests/postgres/mod.rs` says.
+
+mod oracle;
+#[path = "../../wal/tests/postgres/mod.rs"]
+mod postgres;
+
+use std::{fs, path::Path, process::Command};
+
+use oracle::{Files, Oracle, decode};
+use pgtypes::Lsn;
+use postgres::{Postgres, Server, output};
+use redo::Context;
+
+/// No page images but those for checking, as the engine forces it on its writers; no WAL is removed.
+const SETTINGS: &str = "fsync = off\nfull_page_writes = off\nwal_consistency_checking = 'all'\nwal_keep_size = 10GB\n\
+    max_prepared_transactions = 5\nautovacuum = off\ncheckpoint_timeout = 1h\nwal_level = logical\n";
+
+/// Kinds of records that the workload must have, each at least once.
+const KINDS: &[(u8, u8)] = &[
+    (9, 0x10),
+    (9, 0x20),
+    (9, 0x30),
+    (9, 0x40),
+    (9, 0x50),
+    (9, 0xD0),
+    (9, 0x60),
+    (10, 0x00),
+    (10, 0x80),
+    (10, 0x10),
+    (10, 0x20),
+    (10, 0xA0),
+    (10, 0x40),
+    (10, 0x50),
+    (10, 0x60),
+    (10, 0x70),
+    (11, 0x00),
+    (11, 0x10),
+    (11, 0x30),
+    (11, 0x40),
+    (11, 0x50),
+    (11, 0x60),
+    (11, 0x70),
+    (11, 0x80),
+    (11, 0xA0),
+    (11, 0xB0),
+    (11, 0xC0),
+    (11, 0xE0),
+    (15, 0x00),
+    (17, 0x00),
+    (17, 0x10),
+    (17, 0x20),
+    (17, 0x30),
+    (17, 0x40),
+    (17, 0x50),
+    (17, 0x90),
+];
+
+/// Every kind of change to a heap.
+const HEAP: &str = "
+    create table t (i int primary key, k int, t text) with (fillfactor = 70);
+    create index on t (k);
+    insert into t select g, g % 10, repeat('x', g % 200) from generate_series(1, 5000) g;
+    vacuum (freeze) t;
+    update t set t = t || 'y' where i % 3 = 0;
+    update t set k = k + 1 where i % 7 = 0;
+    delete from t where i % 11 = 0;
+    begin; savepoint a; select i from t where i < 50 for update; savepoint b;
+        select i from t where i between 30 and 60 for share; rollback to b;
+        update t set t = 'z' where i < 40; commit;
+    vacuum t;
+    select i from t where i between 100 and 130 for key share;
+    vacuum (freeze) t;
+    select i from t where i between 200 and 300 for update;
+    delete from t where i between 400 and 420;
+    insert into t select g, 0, 'new' from generate_series(6000, 6200) g on conflict (i) do nothing;
+    insert into t values (6000, 1, 'conflict') on conflict (i) do update set k = excluded.k;
+    delete from t where i > 3000;
+    vacuum t;
+    insert into t select g, 0, 'again' from generate_series(7000, 9000) g;
+    vacuum t;
+    create table churn (i int primary key, k int, d int);
+    create index on churn (k);
+    create index on churn (d);
+    insert into churn select g, g, g % 3 from generate_series(1, 2000) g;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    update churn set k = k + 1, d = (d + 1) % 3;
+    create table ranges (i int, t text);
+    create index on ranges using brin (i, t) with (pages_per_range = 1);
+    insert into ranges select g, repeat('a', g % 300) from generate_series(1, 8000) g;
+    select brin_summarize_new_values('ranges_i_t_idx');
+    insert into ranges select -g, repeat('zz', g % 400) from generate_series(1, 3000) g;
+    vacuum ranges;
+    select brin_desummarize_range('ranges_i_t_idx', g) from generate_series(0, 20) g;
+    insert into ranges select g, g::text from generate_series(1, 2000) g;
+    vacuum ranges;
+    create index on ranges using brin (i) with (pages_per_range = 1, autosummarize = off);
+    create sequence s;
+    select nextval('s') from generate_series(1, 100);
+    select setval('s', 1000);
+    create table parted (i int, t text) partition by list (i);
+    create table parted_1 partition of parted for values in (1);
+    create table parted_2 partition of parted for values in (2);
+    insert into parted select 1, g::text from generate_series(1, 100) g;
+    update parted set i = 2 where t::int % 2 = 0;
+    create table narrow (i int);
+    insert into narrow select generate_series(1, 20000);
+    vacuum narrow;
+    update narrow set i = i + 1 where i % 5 = 0;
+    delete from narrow where i % 4 = 0;
+    vacuum (index_cleanup off) narrow;
+    delete from narrow where i > 10;
+    vacuum narrow;
+    begin; create table copied (i int, t text); copy copied from program 'seq 1 3000 | sed s/$/,x/' (format csv, freeze); commit;
+    update copied set t = 'changed' where i % 2 = 0;
+    begin; insert into copied values (-1, 'aborted'); rollback;
+    begin; update copied set t = 'prepared' where i < 10; prepare transaction 'p';
+    commit prepared 'p';
+    create table toasted (t text);
+    alter table toasted alter t set storage external;
+    insert into toasted select repeat(g::text, 5000) from generate_series(1, 20) g;
+    update toasted set t = t || 'x';
+    vacuum full copied;
+    cluster t using t_pkey;
+    truncate narrow;
+    insert into narrow values (1);
+    create database d2 strategy file_copy;
+    create database d3 strategy wal_log;
+    select pg_log_standby_snapshot();
+";
+
+/// Two sessions: locks of rows that others updated, and of many at once.
+fn lock_updated_rows(server: &Server<'_>) {
+    let mut first = server.client("psql");
+    let sql = "begin; update t set t = 'first' where i = 1; select pg_sleep(0.7); commit;";
+    let mut first =
+        first.args(["-X", "-q", "-c", sql]).stdout(std::process::Stdio::null()).spawn().expect("psql starts");
+    // A repeatable-read snapshot from before an update by another transaction locks the later version, too.
+    server.script(
+        "select pg_sleep(0.2); begin; select i from t where i = 1 for key share; select i from t where i = 1 for key share; commit;",
+    );
+    first.wait().expect("psql ends");
+}
+
+fn start_lsn(server: &Server<'_>) -> Lsn {
+    server.control_data().get("Latest checkpoint location").parse().expect("a position")
+}
+
+/// Replays all that the server wrote from `start` on and compares; the server is down.
+fn judge(server: &Server<'_>, base: &Path, start: Lsn, hint_bits_logged: bool) -> Oracle {
+    let mut oracle = Oracle::new(Files(base.to_owned()), Context { hint_bits_logged });
+    decode(&server.data.join("pg_wal"), start, |record| oracle.replay(record));
+    let files = oracle.compare_files(&Files(server.data.clone()));
+    println!("{}{files} pages compared with files", oracle.report());
+    assert!(files > 100, "{files} pages compared with files");
+    assert!(oracle.faults == 0, "{} faults:\n{}", oracle.faults, oracle.descriptions.join("\n"));
+    oracle
+}
+
+fn copy_base(server: &Server<'_>, base: &Path) {
+    fs::create_dir(base).expect("a new directory");
+    for name in ["base", "global"] {
+        output(Command::new("cp").arg("-a").arg(server.data.join(name)).arg(base));
+    }
+}
+
+/// With data checksums, the records that mark pages as visible also move the heap page's LSN.
+#[test]
+fn pages_of_a_server_are_the_same() {
+    let postgres = Postgres::find();
+    let directory = postgres.directory();
+    let mut server = postgres.initdb(&directory, "data", &["--data-checksums"]);
+    server.append_configuration(SETTINGS);
+    let (start, base) = (start_lsn(&server), directory.0.join("base"));
+    copy_base(&server, &base);
+    server.start();
+    output(server.client("pgbench").args(["--initialize", "--quiet", "--scale=1"]));
+    output(server.client("pgbench").args(["--client=4", "--transactions=200"]));
+    server.script(HEAP);
+    lock_updated_rows(&server);
+    server.stop("fast");
+
+    let oracle = judge(&server, &base, start, true);
+
+    assert_eq!(Vec::<(u8, u8)>::new(), oracle.missing(KINDS).into_iter().collect::<Vec<_>>(), "not seen");
+}

@@ -1,0 +1,348 @@
+//! Replays a server's WAL in memory and compares each page with the image that `wal_consistency_checking` put into the
+//! record: the page as PostgreSQL saw it afterwards.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Write,
+    fs::{self, File},
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use pgtypes::{Lsn, PgTimeline};
+use redo::{
+    Applied, BlockTag, Context, PAGE_BYTES, Page, Reason, RedoError, apply, blocks_of, creation_of, mask, truncation_of,
+};
+use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RelFileLocator, Scanner, restore_image, rmgr_name};
+
+/// Mismatches that are described before the rest is only counted.
+const FAULTS_DESCRIBED: usize = 20;
+/// Resource manager of page images.
+const XLOG: u8 = 0;
+/// Its records that make pages.
+const FPI: u8 = 0xB0;
+/// Blocks of a file of a relation (`RELSEG_SIZE`).
+const SEGMENT_BLOCKS: u32 = 131_072;
+
+/// Pages of a data directory that was shut down cleanly.
+pub struct Files(pub PathBuf);
+
+impl Files {
+    fn path(&self, relation: RelFileLocator, fork: Fork, segment: u32) -> PathBuf {
+        let directory = match relation.tablespace {
+            1664 => self.0.join("global"),
+            _ => self.0.join("base").join(relation.database.to_string()),
+        };
+        let mut name = relation.relation.to_string();
+        name += match fork {
+            Fork::Main => "",
+            Fork::FreeSpaceMap => "_fsm",
+            Fork::VisibilityMap => "_vm",
+            Fork::Init => "_init",
+        };
+        if segment > 0 {
+            write!(name, ".{segment}").expect("a string grows");
+        }
+        directory.join(name)
+    }
+
+    /// The page, if the file has it.
+    pub fn page(&self, tag: BlockTag) -> Option<Page> {
+        let mut file = File::open(self.path(tag.relation, tag.fork, tag.block / SEGMENT_BLOCKS)).ok()?;
+        let offset = u64::from(tag.block % SEGMENT_BLOCKS) * PAGE_BYTES as u64;
+        file.seek(SeekFrom::Start(offset)).expect("a file");
+        let mut page = Page::ZERO;
+        file.read_exact(&mut page.0).ok()?;
+        Some(page)
+    }
+}
+
+/// A page in memory.
+struct Held {
+    page: Box<Page>,
+    /// Whose record was the last one; says how to mask it.
+    rmgr: u8,
+    /// A record that is not supported changed it.
+    unsupported: bool,
+    /// A page of the visibility map that came as an image without its bits: `CREATE DATABASE` logs it as if they were
+    /// unused space, so a standby's has fewer bits than the primary's.
+    hollow: bool,
+}
+
+/// Pages in memory, on top of those that the data directory had at the start.
+pub struct Oracle {
+    base: Files,
+    context: Context,
+    pages: HashMap<BlockTag, Held>,
+    /// Forks that were created, or cut to that many blocks, since the start.
+    cut: BTreeMap<(RelFileLocator, u8), u32>,
+    /// Databases that were copied as files.
+    copies: HashMap<u32, u32>,
+    /// Images that were compared.
+    pub compared: BTreeMap<(u8, u8), u64>,
+    /// Blocks whose record is not supported.
+    pub unsupported: BTreeMap<(u8, u8), u64>,
+    /// Records.
+    pub records: u64,
+    pub implied: u64,
+    pub faults: u64,
+    pub descriptions: Vec<String>,
+}
+
+impl Oracle {
+    pub fn new(base: Files, context: Context) -> Oracle {
+        Oracle {
+            base,
+            context,
+            pages: HashMap::new(),
+            cut: BTreeMap::new(),
+            copies: HashMap::new(),
+            compared: BTreeMap::new(),
+            unsupported: BTreeMap::new(),
+            records: 0,
+            implied: 0,
+            faults: 0,
+            descriptions: Vec::new(),
+        }
+    }
+
+    fn load(&self, tag: BlockTag) -> Page {
+        let cut = self.cut.get(&(tag.relation, tag.fork as u8));
+        if cut.is_some_and(|blocks| tag.block >= *blocks) {
+            return Page::ZERO;
+        }
+        let mut relation = tag.relation;
+        while let Some(source) = self.copies.get(&relation.database) {
+            relation.database = *source;
+        }
+        self.base.page(BlockTag { relation, ..tag }).unwrap_or(Page::ZERO)
+    }
+
+    fn cut(&mut self, relation: RelFileLocator, fork: Fork, blocks: u32) {
+        let entry = self.cut.entry((relation, fork as u8)).or_insert(blocks);
+        *entry = (*entry).min(blocks);
+        self.pages.retain(|tag, _| tag.relation != relation || tag.fork != fork || tag.block < blocks);
+    }
+
+    /// `XLOG_DBASE_CREATE_FILE_COPY`: all files of a database, as they are at this moment.
+    fn copy_database(&mut self, record: &Record) {
+        const DBASE: u8 = 4;
+        const CREATE_FILE_COPY: u8 = 0x00;
+        if record.info.rmgr != DBASE || record.info.info & 0xF0 != CREATE_FILE_COPY {
+            return;
+        }
+        let word = |at: usize| u32::from_le_bytes(record.main_data()[at..at + 4].try_into().expect("four bytes"));
+        let (to, from) = (word(0), word(8));
+        self.copies.insert(to, from);
+        let copied: Vec<_> = self
+            .pages
+            .iter()
+            .filter(|(tag, _)| tag.relation.database == from)
+            .map(|(tag, held)| {
+                let relation = RelFileLocator { database: to, ..tag.relation };
+                let held = Held {
+                    page: held.page.clone(),
+                    rmgr: held.rmgr,
+                    unsupported: held.unsupported,
+                    hollow: held.hollow,
+                };
+                (BlockTag { relation, ..*tag }, held)
+            })
+            .collect();
+        self.pages.extend(copied);
+        let cut: Vec<_> = self.cut.iter().filter(|((relation, _), _)| relation.database == from).collect();
+        let cut: Vec<_> = cut
+            .into_iter()
+            .map(|((relation, fork), blocks)| ((RelFileLocator { database: to, ..*relation }, *fork), *blocks))
+            .collect();
+        self.cut.extend(cut);
+    }
+
+    pub fn replay(&mut self, record: &Record) {
+        self.records += 1;
+        if let Some((relation, fork)) = creation_of(record) {
+            self.cut(relation, fork, 0);
+        }
+        self.copy_database(record);
+        let rmgr = record.info.rmgr;
+        let kind = (rmgr, record.info.info & 0xF0);
+        for touch in blocks_of(record).collect::<Vec<_>>() {
+            let mut held = self.pages.remove(&touch.tag).unwrap_or_else(|| Held {
+                page: Box::new(self.load(touch.tag)),
+                rmgr,
+                unsupported: false,
+                hollow: false,
+            });
+            if matches!(touch.reason, Reason::Registered(_)) {
+                // An image for a hint says nothing about whose page it is.
+                if rmgr != XLOG || is_remade(record, touch.reason) && record.info.info & 0xF0 == FPI {
+                    held.rmgr = rmgr;
+                }
+            } else {
+                self.implied += 1;
+            }
+            held.hollow |= touch.tag.fork == Fork::VisibilityMap && rmgr == XLOG;
+            match apply(record, &touch, &mut held.page, &self.context) {
+                Ok(Applied::AlreadyThere) => self.fault(record, touch.tag, "the page already has the record"),
+                Ok(_) => held.unsupported &= !is_remade(record, touch.reason),
+                Err(RedoError::Unsupported { .. }) => {
+                    *self.unsupported.entry(kind).or_default() += 1;
+                    held.unsupported = true;
+                }
+                Err(_) if held.unsupported => {}
+                Err(error) => self.fault(record, touch.tag, &error.to_string()),
+            }
+            self.pages.insert(touch.tag, held);
+        }
+        if let Some(truncation) = truncation_of(record) {
+            if truncation.main {
+                self.cut(truncation.relation, Fork::Main, truncation.heap_blocks);
+            }
+            if truncation.visibility_map {
+                self.cut(truncation.relation, Fork::VisibilityMap, truncation.visibility_map_blocks());
+            }
+        }
+        self.compare(record);
+    }
+
+    /// Compares with the record's images, as `verifyBackupPageConsistency` does.
+    fn compare(&mut self, record: &Record) {
+        for block in &record.blocks {
+            let Some(image) = record.block_image(block).filter(|image| !image.apply) else { continue };
+            let tag = BlockTag { relation: block.relation, fork: block.fork, block: block.block };
+            let theirs = restore_image(&image).expect("an image");
+            let Some(held) = self.pages.get_mut(&tag) else { continue };
+            if held.unsupported {
+                held.page.0 = theirs;
+                continue;
+            }
+            let kind = (record.info.rmgr, record.info.info & 0xF0);
+            if let Some(difference) = difference(record.info.rmgr, tag, &held.page, &Page(theirs)) {
+                held.page.0 = theirs;
+                self.fault(record, tag, &difference);
+            }
+            *self.compared.entry(kind).or_default() += 1;
+        }
+    }
+
+    /// Compares every page that is held with the files of the server after its shutdown.
+    pub fn compare_files(&mut self, files: &Files) -> u64 {
+        let mut compared = 0;
+        let mut faults = Vec::new();
+        for (tag, held) in &self.pages {
+            // Pages that were only ever images have no access method that says how to mask them.
+            let is_known = held.rmgr != XLOG || tag.fork == Fork::VisibilityMap;
+            if held.unsupported || !is_known || tag.fork == Fork::FreeSpaceMap {
+                continue;
+            }
+            let Some(mut theirs) = files.page(*tag) else { continue };
+            if held.hollow {
+                for (ours, theirs) in held.page.0.iter().zip(&mut theirs.0).skip(24) {
+                    *theirs &= *ours;
+                }
+            }
+            if let Some(difference) = difference(held.rmgr, *tag, &held.page, &theirs) {
+                faults.push(format!("file of {tag:?}, last changed by {}: {difference}", name_of(held.rmgr)));
+            }
+            compared += 1;
+        }
+        self.faults += faults.len() as u64;
+        self.descriptions.extend(faults.into_iter().take(FAULTS_DESCRIBED));
+        compared
+    }
+
+    fn fault(&mut self, record: &Record, tag: BlockTag, what: &str) {
+        self.faults += 1;
+        if self.descriptions.len() < FAULTS_DESCRIBED {
+            let (rmgr, info) = (name_of(record.info.rmgr), record.info.info);
+            self.descriptions.push(format!("{} {rmgr} {info:#04x} {tag:?}: {what}", record.info.start));
+        }
+    }
+
+    /// Records compared and not supported, per resource manager and kind.
+    pub fn report(&self) -> String {
+        let mut text = format!("{} records, {} implied blocks\n", self.records, self.implied);
+        for (what, counts) in [("compared", &self.compared), ("unsupported", &self.unsupported)] {
+            for ((rmgr, info), count) in counts {
+                writeln!(text, "{what:<12} {:<10} {info:#04x} {count}", name_of(*rmgr)).expect("a string grows");
+            }
+        }
+        text
+    }
+
+    /// Kinds that are missing in what was compared.
+    pub fn missing(&self, kinds: &[(u8, u8)]) -> BTreeSet<(u8, u8)> {
+        kinds.iter().copied().filter(|kind| !self.compared.contains_key(kind)).collect()
+    }
+}
+
+/// Whether the record makes the page anew, whatever it was.
+fn is_remade(record: &Record, reason: Reason) -> bool {
+    let Reason::Registered(id) = reason else { return false };
+    record
+        .blocks
+        .iter()
+        .filter(|block| block.id == id)
+        .any(|block| block.will_init || record.block_image(block).is_some_and(|image| image.apply))
+}
+
+fn name_of(rmgr: u8) -> &'static str {
+    rmgr_name(rmgr).unwrap_or("custom")
+}
+
+/// How two pages differ after masking.
+fn difference(rmgr: u8, tag: BlockTag, ours: &Page, theirs: &Page) -> Option<String> {
+    let masked = |page: &Page| {
+        let mut page = page.clone();
+        mask::mask(rmgr, tag.fork, tag.block, &mut page).map(|()| page)
+    };
+    let (ours_masked, theirs_masked) = match (masked(ours), masked(theirs)) {
+        (Ok(ours), Ok(theirs)) => (ours, theirs),
+        (ours, theirs) => return Some(format!("mask: {:?}, {:?}", ours.err(), theirs.err())),
+    };
+    let at = ours_masked.0.iter().zip(&theirs_masked.0).position(|(ours, theirs)| ours != theirs)?;
+    let count = ours_masked.0.iter().zip(&theirs_masked.0).filter(|(ours, theirs)| ours != theirs).count();
+    let around = at & !7..(at & !7) + 16.min(PAGE_BYTES - (at & !7));
+    Some(format!(
+        "{count} bytes differ from {at} on: ours {:02x?}, theirs {:02x?}; {ours:?}, {theirs:?}",
+        &ours_masked.0[around.clone()],
+        &theirs_masked.0[around]
+    ))
+}
+
+/// Tells `each` every record from `start` on in a directory of segments of one timeline.
+pub fn decode(directory: &Path, start: Lsn, mut each: impl FnMut(&Record)) {
+    let is_segment = |name: &str| name.len() == 24 && name.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .expect("a directory of segments")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("a plain name"))
+        .filter(|name| is_segment(name))
+        .collect();
+    names.sort();
+    let segment_bytes = fs::metadata(directory.join(&names[0])).expect("a file").len();
+    let position = |name: &str| {
+        let word = |at: usize| u64::from_str_radix(&name[at..at + 8], 16).expect("hexadecimal");
+        Lsn((word(8) * ((1 << 32) / segment_bytes) + word(16)) * segment_bytes)
+    };
+    names.retain(|name| position(name).advance(segment_bytes) > start);
+    let first = position(&names[0]);
+    let scanner = Scanner::at_segment_start(first, segment_bytes, 0, PgTimeline(1));
+    let mut decoder = Decoder::new(scanner, RECORD_BYTES_MAX);
+    for name in &names {
+        // Recycled segments lie behind the end.
+        if position(name) > decoder.position() {
+            break;
+        }
+        let bytes = fs::read(directory.join(name)).expect("a readable segment");
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            match decoder.feed(rest) {
+                Ok(taken) => rest = &rest[taken..],
+                Err(_) => return,
+            }
+            if let Some(record) = decoder.poll_record().filter(|record| record.info.start >= start) {
+                each(&record);
+            }
+        }
+    }
+}
