@@ -32,6 +32,7 @@ use crate::{
     routes::{GrantRefused, Request},
     session::{Attachment, CoreCommand, CoreEvent, ElectedEvent, KillSlot},
     settings::{self, ConninfoTls, Replay, Start},
+    shared_memory,
     status::{State, Status},
 };
 
@@ -343,6 +344,10 @@ impl Agent {
         if !self.pristine {
             let Settings { config, base, user, .. } = &self.settings;
             let interrupted = &self.mailbox.interrupted;
+            // Left behind when a whole container was killed: afterwards nothing names it any more.
+            if let Err(error) = shared_memory::remove_left_behind(&self.data_dir.pgdata()) {
+                tracing::warn!(%error, "shared memory of an earlier PostgreSQL stays behind (ipcs -m)");
+            }
             restore::restore(&config.base_backup, base, &self.data_dir.pgdata(), user.as_ref(), interrupted)?;
             self.pristine = true;
         }
@@ -478,6 +483,7 @@ impl Agent {
             listen_addresses: &config.postgres.listen_addresses,
             port: config.postgres.port,
             socket_dir: &socket_dir.to_string_lossy(),
+            dynamic_shared_memory_type: shared_memory::dynamic_type(self.settings.isolation),
             replay: last_record.as_deref().map(|last_record| Replay { primary_conninfo: &conninfo, last_record }),
         };
         let inherited = area.inherited();

@@ -38,9 +38,9 @@ const KILL_ROUNDS_MAX: u32 = 2000;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Isolation {
-    /// A PID namespace.
+    /// A PID and an IPC namespace.
     PidNamespace,
-    /// A PID namespace inside a user namespace, for an unprivileged agent.
+    /// The same inside a user namespace, for an unprivileged agent.
     UserNamespace,
     /// The process tree.
     ProcessTree,
@@ -128,13 +128,14 @@ fn probe_here(isolation: Isolation) -> io::Result<()> {
     }
 }
 
-/// Makes the *next* forked process the first of a namespace.
+/// Makes the *next* forked process the first of a namespace, with System V shared memory of its own.
 fn enter(isolation: Isolation) -> io::Result<()> {
     // SAFETY: no pointers in these calls.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
     let flags = match isolation {
-        Isolation::PidNamespace => libc::CLONE_NEWPID,
-        Isolation::UserNamespace => libc::CLONE_NEWUSER | libc::CLONE_NEWPID,
+        // Shared memory that outlives its processes ends with the IPC namespace (`shared_memory.rs`).
+        Isolation::PidNamespace => libc::CLONE_NEWPID | libc::CLONE_NEWIPC,
+        Isolation::UserNamespace => libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWIPC,
         Isolation::ProcessTree => {
             // SAFETY: no pointers. Orphans become our children, where the kill finds them.
             return check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) });
@@ -225,7 +226,7 @@ fn supervise(spec: &InitSpec, control: &Control) -> io::Result<i32> {
                 Some(KILL) | None => {
                     // In a namespace our own end kills all, at once; in a tree each is killed here.
                     signal(postmaster, libc::SIGKILL);
-                    end_the_rest(spec.isolation);
+                    end_the_rest(spec);
                     control.tell("signal 9");
                     return Ok(128 + libc::SIGKILL);
                 }
@@ -239,7 +240,7 @@ fn supervise(spec: &InitSpec, control: &Control) -> io::Result<i32> {
                     continue;
                 }
                 // Whatever PostgreSQL left behind ends before the report: the agent may restore PGDATA right after it.
-                end_the_rest(spec.isolation);
+                end_the_rest(spec);
                 return Ok(match ended {
                     Ended::Exited(status) => {
                         control.tell(&format!("exit {status}"));
@@ -255,11 +256,20 @@ fn supervise(spec: &InitSpec, control: &Control) -> io::Result<i32> {
     }
 }
 
-/// Kills all descendants and reaps them; does nothing in a namespace, where the kernel does it when we end.
-fn end_the_rest(isolation: Isolation) {
-    if isolation != Isolation::ProcessTree {
+/// Kills all descendants, reaps them, and removes their shared memory; does nothing in a namespace, where the kernel does it
+/// when we end.
+fn end_the_rest(spec: &InitSpec) {
+    if spec.isolation != Isolation::ProcessTree {
         return;
     }
+    kill_descendants();
+    // Here, because the agent may be the one that was killed.
+    if let Err(error) = crate::shared_memory::remove_left_behind(&spec.directory) {
+        eprintln!("compute-init: PostgreSQL's shared memory stays behind: {error}");
+    }
+}
+
+fn kill_descendants() {
     let me = std::process::id() as i32;
     for _ in 0..KILL_ROUNDS_MAX {
         for process in crate::process_tree::descendants(me) {

@@ -22,6 +22,7 @@ mod routes;
 mod session;
 mod settings;
 mod settled;
+mod shared_memory;
 mod status;
 
 use std::{io, path::Path, path::PathBuf, sync::Arc};

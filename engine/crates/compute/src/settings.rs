@@ -110,6 +110,8 @@ pub struct Start<'a> {
     pub port: u16,
     /// `unix_socket_directories`.
     pub socket_dir: &'a str,
+    /// `dynamic_shared_memory_type`, unless the user chose one.
+    pub dynamic_shared_memory_type: &'a str,
     /// Set when the start replays WAL from the safekeepers.
     pub replay: Option<Replay<'a>>,
 }
@@ -127,6 +129,8 @@ pub struct Replay<'a> {
 pub fn arguments(user: &BTreeMap<String, String>, start: &Start<'_>) -> Vec<String> {
     let mut settings: BTreeMap<String, String> =
         DEFAULTS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let dynamic = start.dynamic_shared_memory_type;
+    settings.insert("dynamic_shared_memory_type".to_owned(), dynamic.to_owned());
     settings.extend(user.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone())));
     settings.extend(
         FIXED
@@ -225,7 +229,13 @@ mod tests {
     use super::*;
 
     fn start() -> Start<'static> {
-        Start { listen_addresses: "", port: 5432, socket_dir: "/run/x", replay: None }
+        Start {
+            listen_addresses: "",
+            port: 5432,
+            socket_dir: "/run/x",
+            dynamic_shared_memory_type: "mmap",
+            replay: None,
+        }
     }
 
     /// A user's wish never outranks what durability depends on, however it is spelled.
