@@ -4,8 +4,8 @@
 //! functions of their arguments: nothing here knows where pages come from, in which order shards see records, or what
 //! time it is. [`mask`] forgets what may differ between two correct copies of a page.
 //!
-//! Done are the resource managers XLOG (page images), Heap, Heap2 with the visibility map, Btree, Sequence, BRIN
-//! and Generic. Not done, and answered with [`RedoError::Unsupported`] unless the record carries the page: Hash, Gin, Gist
+//! Done are the resource managers XLOG (page images), Heap, Heap2 with the visibility map, Btree, Hash, Sequence,
+//! BRIN and Generic. Not done, and answered with [`RedoError::Unsupported`] unless the record carries the page: Gin, Gist
 //! and SPGist. State without blocks (transactions, multixacts, relation maps, databases) is not here.
 //!
 //! The judge is PostgreSQL itself: `tests/consistency.rs` compares every page with the image that
@@ -19,6 +19,7 @@ mod brin;
 mod btree;
 mod error;
 mod generic;
+mod hash;
 mod heap;
 mod heap2;
 mod index_tuple;
@@ -43,6 +44,7 @@ pub(crate) mod rmgr_id {
     pub const HEAP2: u8 = 9;
     pub const HEAP: u8 = 10;
     pub const BTREE: u8 = 11;
+    pub const HASH: u8 = 12;
     pub const SEQUENCE: u8 = 15;
     pub const BRIN: u8 = 17;
     pub const GENERIC: u8 = 20;
@@ -118,10 +120,14 @@ fn apply_registered(
     context: &Context,
 ) -> Result<Applied, RedoError> {
     let end = record.info.end;
+    let site = Site { id: block.id, block: block.block, data: record.block_data(block) };
     if let Some(image) = record.block_image(block).filter(|image| image.apply) {
         page.0 = restore_image(&image)?;
         if !page.is_new() {
             page.set_lsn(end);
+        }
+        if record.info.rmgr == rmgr_id::HASH && hash::changes_image(record, block.id) {
+            hash::apply(record, site, page)?;
         }
         return Ok(Applied::Changed);
     }
@@ -131,7 +137,6 @@ fn apply_registered(
         return Ok(Applied::AlreadyThere);
     }
 
-    let site = Site { id: block.id, block: block.block, data: record.block_data(block) };
     let kind = record.info.info & 0xF0;
     let outcome = match record.info.rmgr {
         rmgr::XLOG if kind == xlog_kind::FPI_FOR_HINT => Outcome::Unchanged,
@@ -139,6 +144,7 @@ fn apply_registered(
         rmgr_id::HEAP => heap::apply(record, site, page)?,
         rmgr_id::HEAP2 => heap2::apply(record, site, page, context)?,
         rmgr_id::BTREE => btree::apply(record, site, page)?,
+        rmgr_id::HASH => hash::apply(record, site, page)?,
         rmgr_id::SEQUENCE => sequence::apply(record, site, page)?,
         rmgr_id::BRIN => brin::apply(record, site, page)?,
         rmgr_id::GENERIC => generic::apply(site, page)?,

@@ -8,6 +8,7 @@ use wal::Fork;
 use crate::{
     RedoError, brin,
     btree::{self, Opaque},
+    hash,
     page::{HEADER_BYTES, ItemId, ItemState, PAGE_BYTES, Page, align8, page_flags},
     rmgr_id,
     tuple::{SPECULATIVE, infomask},
@@ -32,6 +33,7 @@ pub fn mask(rmgr: u8, fork: Fork, block: u32, page: &mut Page) -> Result<(), Red
     match rmgr {
         rmgr_id::HEAP | rmgr_id::HEAP2 => heap(page, block),
         rmgr_id::BTREE => btree(page),
+        rmgr_id::HASH => hash(page),
         rmgr_id::BRIN => brin(page),
         rmgr_id::SEQUENCE | rmgr_id::GENERIC => sequence_or_generic(page),
         rmgr => Err(RedoError::Unsupported { rmgr, info: 0 }),
@@ -133,4 +135,30 @@ fn brin(page: &mut Page) -> Result<(), RedoError> {
     let flags = page.u16(brin::FLAGS);
     page.set_u16(brin::FLAGS, flags & !1);
     Ok(())
+}
+
+/// `hash_mask` (`access/hash/hash_xlog.c`).
+fn hash(page: &mut Page) -> Result<(), RedoError> {
+    lsn_and_checksum(page);
+    hint_bits(page);
+    unused_space(page)?;
+    let opaque = hash::Opaque::of(page)?;
+    match opaque.flags(page) & hash::flags::TYPE_MASK {
+        0 => {
+            page_content(page);
+            return Ok(());
+        }
+        // Entries are marked as dead without a record.
+        hash::flags::BUCKET | hash::flags::OVERFLOW => line_pointer_flags(page)?,
+        _ => {}
+    }
+    opaque.clear_flag(page, hash::flags::HAS_DEAD_TUPLES);
+    Ok(())
+}
+
+/// `mask_page_content`.
+fn page_content(page: &mut Page) {
+    page.0[HEADER_BYTES..].fill(MARKER);
+    page.set_lower(0);
+    page.set_upper(0);
 }

@@ -47,6 +47,18 @@ const KINDS: &[(u8, u8)] = &[
     (11, 0xB0),
     (11, 0xC0),
     (11, 0xE0),
+    (12, 0x00),
+    (12, 0x10),
+    (12, 0x20),
+    (12, 0x30),
+    (12, 0x40),
+    (12, 0x60),
+    (12, 0x70),
+    (12, 0x80),
+    (12, 0x90),
+    (12, 0xA0),
+    (12, 0xB0),
+    (12, 0xC0),
     (15, 0x00),
     (17, 0x00),
     (17, 0x10),
@@ -102,6 +114,25 @@ const HEAP: &str = "
     insert into ranges select g, g::text from generate_series(1, 2000) g;
     vacuum ranges;
     create index on ranges using brin (i) with (pages_per_range = 1, autosummarize = off);
+    create table hashed (i int, k int) with (autovacuum_enabled = off);
+    insert into hashed select g, g from generate_series(1, 100) g;
+    create index on hashed using hash (k);
+    insert into hashed select g, g from generate_series(1, 6000) g;
+    insert into hashed select g, 5 from generate_series(1, 3000) g;
+    delete from hashed where k = 5 and i % 4 < 2;
+    vacuum hashed;
+    insert into hashed select g, g * 7 from generate_series(1, 6000) g;
+    delete from hashed where i % 8 < 7;
+    vacuum hashed;
+    insert into hashed select g, 77 from generate_series(1, 400) g;
+    delete from hashed where k = 77;
+    set enable_seqscan = off;
+    set enable_bitmapscan = off;
+    select count(*) from hashed where k = 77;
+    select count(*) from hashed where k = 77;
+    insert into hashed select g, 77 from generate_series(1, 1000) g;
+    reset enable_seqscan;
+    reset enable_bitmapscan;
     create sequence s;
     select nextval('s') from generate_series(1, 100);
     select setval('s', 1000);
