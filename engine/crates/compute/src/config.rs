@@ -249,7 +249,7 @@ impl Config {
     /// # Errors
     /// What is wrong, for the person who wrote it.
     pub fn parse(source: &str, directory: &Path) -> Result<Self, String> {
-        let mut config: Config = toml::from_str(source).map_err(|e| e.to_string())?;
+        let mut config: Config = toml::from_str(source).map_err(|e| e.to_string().trim_end().to_owned())?;
         let resolve = |path: &mut PathBuf| *path = directory.join(&*path);
         resolve(&mut config.data_dir);
         resolve(&mut config.base_backup);
@@ -278,6 +278,15 @@ impl Config {
         }
         for (name, value) in &self.postgres.parameters {
             settings::check_parameter(name, value).map_err(|e| format!("postgres.parameters: {e}"))?;
+        }
+        // A restore removes PGDATA and copies the whole base backup there.
+        let (base, data_dir) = (resolved(&self.base_backup), resolved(&self.data_dir));
+        if data_dir.starts_with(&base) || base.starts_with(data_dir.join("pgdata")) {
+            return Err(format!(
+                "base_backup {} and data_dir {} overlap: a restore would destroy the base backup; keep them apart",
+                base.display(),
+                data_dir.display()
+            ));
         }
         if self.postgres.port == 0 {
             return Err("postgres.port: must be above 0".into());
@@ -321,6 +330,13 @@ impl TlsConfig {
     pub fn files(&self) -> Option<(&Path, &Path, &Path)> {
         Some((self.ca.as_deref()?, self.certificate.as_deref()?, self.key.as_deref()?))
     }
+}
+
+/// The path without links and `..`, as far as it exists.
+fn resolved(path: &Path) -> PathBuf {
+    let existing =
+        path.ancestors().find_map(|start| Some((start.canonicalize().ok()?, path.strip_prefix(start).ok()?)));
+    existing.map_or_else(|| path.to_owned(), |(start, rest)| start.components().chain(rest.components()).collect())
 }
 
 fn default_port() -> u16 {
@@ -430,6 +446,9 @@ i_know_this_is_insecure = true
             ("user = \"postgres\"", "usr = \"postgres\"", "usr"),
             ("[listen]", "[listen]\nweb = \"x\"", "web"),
             ("data_dir = \"agent\"", "", "data_dir"),
+            ("data_dir = \"agent\"", "data_dir = \"/base\"", "overlap"),
+            ("data_dir = \"agent\"", "data_dir = \"/base/agent\"", "overlap"),
+            ("base_backup = \"/base\"", "base_backup = \"agent/pgdata\"", "overlap"),
         ];
         for (from, to, expected) in cases {
             assert!(GOOD.contains(from), "{from}");

@@ -27,7 +27,7 @@ mod status;
 
 use std::{io, path::Path, path::PathBuf, sync::Arc};
 
-use identity::{Tls, TlsFiles};
+use identity::{Role, Tls, TlsFiles};
 use prometheus_client::registry::Registry;
 
 use crate::{
@@ -146,7 +146,10 @@ pub fn run_config(config: Config) -> Result<(), Error> {
     let user = postgres_user(config.postgres.user.as_deref())?;
     let tls = match (config.tls.mode, config.tls.files()) {
         (config::TlsMode::Required, Some((ca, certificate, key))) => {
-            Some(Tls::load(TlsFiles { ca: ca.to_owned(), certificate: certificate.to_owned(), key: key.to_owned() })?)
+            let files = TlsFiles { ca: ca.to_owned(), certificate: certificate.to_owned(), key: key.to_owned() };
+            let tls = Tls::load(files)?;
+            tls.check_own(Role::Compute, Some(config.cluster))?;
+            Some(tls)
         }
         _ => {
             tracing::info!("TLS is off: anyone who reaches the ports may act for the operator");

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use pgtypes::ClusterId;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
     client::Resumption,
@@ -19,7 +20,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use sha2::{Digest, Sha256, Sha384, Sha512};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::{Peer, PeerError, peer_of};
+use crate::{Peer, PeerError, Role, peer_of};
 
 /// How often the files are looked at. A rotation may take this long to show.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -59,8 +60,23 @@ pub enum TlsError {
         reason: String,
     },
     /// Certificate and key do not match, or the authority's certificate is unusable.
-    #[error("TLS files do not fit together: {0}")]
-    Rustls(String),
+    #[error("{}, {}, {}: do not fit together: {reason}", files.ca.display(), files.certificate.display(), files.key.display())]
+    Misfit {
+        /// Which.
+        files: TlsFiles,
+        /// Why.
+        reason: String,
+    },
+    /// Our own certificate names another than this process.
+    #[error("{}: it names {own}; wanted is {wanted}", path.display())]
+    NotOurs {
+        /// Which.
+        path: PathBuf,
+        /// Whom it names.
+        own: Peer,
+        /// Whom it should name.
+        wanted: String,
+    },
     /// Our own certificate names nobody.
     #[error("{}: {source}", path.display())]
     Own {
@@ -127,6 +143,24 @@ impl Tls {
             .spawn(move || watch(&watched, seen, interval))
             .map_err(TlsError::Thread)?;
         Ok(tls)
+    }
+
+    /// Checks that our own certificate is one of `role` (and of `cluster`, where the process serves only one), so that
+    /// a wrong one is found at start and not by peers that refuse it.
+    ///
+    /// # Errors
+    /// [`TlsError::NotOurs`].
+    pub fn check_own(&self, role: Role, cluster: Option<ClusterId>) -> Result<(), TlsError> {
+        let own = self.own();
+        if own.role == role && cluster.is_none_or(|cluster| own.cluster == cluster) {
+            return Ok(());
+        }
+        let of = cluster.map(|cluster| format!(" of {cluster}")).unwrap_or_default();
+        Err(TlsError::NotOurs {
+            path: self.0.files.certificate.clone(),
+            own: (*own).clone(),
+            wanted: format!("a certificate with role {role}{of}"),
+        })
     }
 
     /// For ports of the engine: TLS 1.3, client certificates required.
@@ -231,7 +265,7 @@ fn read(files: &TlsFiles) -> Result<Configurations, TlsError> {
         .map_err(|error| TlsError::Pem { path: files.key.clone(), reason: format!("no private key: {error}") })?;
     let own = peer_of(&chain[0]).map_err(|source| TlsError::Own { path: files.certificate.clone(), source })?;
 
-    let misfit = |error: &dyn std::error::Error| TlsError::Rustls(error.to_string());
+    let misfit = |error: &dyn std::error::Error| TlsError::Misfit { files: files.clone(), reason: error.to_string() };
     let provider = provider();
     let verifier = || WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone());
     let server_config =
@@ -312,11 +346,10 @@ mod tests {
         time::Instant,
     };
 
-    use pgtypes::ClusterId;
     use rustls::{ClientConnection, Connection, ServerConnection};
 
     use super::*;
-    use crate::{Role, ca};
+    use crate::ca;
 
     const CLUSTER: ClusterId = ClusterId([7; 16]);
 
@@ -474,7 +507,7 @@ mod tests {
         let key = fs::read(directory.0.join("sk-1.key")).unwrap();
         ca::issue(&directory.0, Role::Safekeeper, "other", &[]).unwrap();
         fs::rename(directory.0.join("other.key"), directory.0.join("sk-1.key")).unwrap();
-        assert!(matches!(tls.0.look(&mut seen), Err(TlsError::Rustls(_))));
+        assert!(matches!(tls.0.look(&mut seen), Err(TlsError::Misfit { .. })));
         // The same broken files are not reported again.
         assert_eq!(Look::Unchanged, tls.0.look(&mut seen).unwrap());
         fs::write(directory.0.join("sk-1.pem"), b"no certificate").unwrap();
@@ -487,6 +520,19 @@ mod tests {
         assert_eq!(Look::Replaced, tls.0.look(&mut seen).unwrap());
         assert_eq!(Role::Compute, tls.own().role);
         assert!(!Arc::ptr_eq(&before, &tls.server_config()));
+    }
+
+    #[test]
+    fn own_certificate_is_of_the_wanted_role_and_cluster() {
+        let directory = Directory::with_members(&[(Role::Safekeeper, "sk-1")]);
+        let tls = directory.load("sk-1");
+        assert!(tls.check_own(Role::Safekeeper, None).is_ok());
+        assert!(tls.check_own(Role::Safekeeper, Some(CLUSTER)).is_ok());
+        let error = tls.check_own(Role::Compute, None).unwrap_err().to_string();
+        assert!(error.contains("sk-1.pem") && error.contains("role compute"), "{error}");
+        let other = ClusterId([8; 16]);
+        let error = tls.check_own(Role::Safekeeper, Some(other)).unwrap_err().to_string();
+        assert!(error.contains(&other.to_string()), "{error}");
     }
 
     #[test]

@@ -94,6 +94,12 @@ impl DataDir {
                         reason: "missing beside existing logs: they voted under another identity".to_owned(),
                     });
                 }
+                if let Some(foreign) = foreign(root)? {
+                    return Err(DataDirError::Inconsistent {
+                        path: root.to_owned(),
+                        reason: format!("holds other files ({foreign}): data_dir must be empty at the first start"),
+                    });
+                }
                 let disk = DiskId(*uuid::Uuid::new_v4().as_bytes());
                 write_durably(root, &disk_path, &format!("format = {FORMAT}\ndisk = {disk}\n"))
                     .map_err(io(&disk_path, "write"))?;
@@ -156,6 +162,12 @@ fn name(path: &Path) -> String {
 fn list(directory: &Path) -> Result<Vec<PathBuf>, DataDirError> {
     let entries = fs::read_dir(directory).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
     entries.map_err(|source| DataDirError::Io { path: directory.to_owned(), action: "list", source })
+}
+
+/// A file in `root` that is no trace of a first start cut short, nor what file systems are made with.
+fn foreign(root: &Path) -> Result<Option<String>, DataDirError> {
+    const OWN: [&str; 4] = ["lock", "disk.new", "spares", "lost+found"];
+    Ok(list(root)?.iter().map(|path| name(path)).find(|name| !OWN.contains(&name.as_str()) && !name.starts_with('.')))
 }
 
 fn parse_disk(text: &str) -> Result<DiskId, String> {
@@ -223,6 +235,19 @@ mod tests {
         drop(DataDir::open(&scratch.0).unwrap());
         fs::remove_file(scratch.0.join("disk")).unwrap();
         assert!(matches!(DataDir::open(&scratch.0), Err(DataDirError::Inconsistent { .. })));
+    }
+
+    /// Somebody else's directory, such as a PGDATA, stays as it is.
+    #[test]
+    fn first_start_wants_an_empty_directory() {
+        let scratch = Scratch::new("full");
+        fs::create_dir_all(scratch.0.join("lost+found")).unwrap();
+        fs::write(scratch.0.join("PG_VERSION"), "17").unwrap();
+        let error = DataDir::open(&scratch.0).err().unwrap().to_string();
+        assert!(error.contains("PG_VERSION"), "{error}");
+        assert!(!scratch.0.join("disk").exists());
+        fs::remove_file(scratch.0.join("PG_VERSION")).unwrap();
+        DataDir::open(&scratch.0).unwrap();
     }
 
     #[test]

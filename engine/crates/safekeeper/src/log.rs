@@ -483,8 +483,8 @@ impl LogDriver {
             tracing::warn!(
                 log = %self.id,
                 reason = ?refused.reason,
-                ballot = %refused.ballot,
-                writer = %refused.writer,
+                known_ballot = %refused.ballot,
+                known_writer = %refused.writer,
                 "refused a proposer"
             );
         }

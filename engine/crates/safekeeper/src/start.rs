@@ -3,7 +3,7 @@
 use std::{io, sync::atomic::Ordering, thread, time::Duration};
 
 use driver::{Listener, Signals, mpsc};
-use identity::{Tls, TlsError};
+use identity::{Role, Tls, TlsError};
 use pgtypes::LogId;
 use prometheus_client::registry::Registry;
 use wire::append::ErrorCode;
@@ -61,7 +61,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
         tracing::warn!("io_uring is forbidden or absent here; using ordinary I/O, which costs more CPU per commit");
     }
     let tls = config.tls.files().map_err(StartError::Config)?.map(Tls::load).transpose()?;
-    if tls.is_none() {
+    if let Some(tls) = &tls {
+        tls.check_own(Role::Safekeeper, None)?;
+    } else {
         tracing::warn!("TLS is off: anyone who reaches the ports can rewrite history");
     }
     let data_dir = DataDir::open(&config.data_dir)?;
