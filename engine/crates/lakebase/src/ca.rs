@@ -27,7 +27,7 @@ pub(crate) enum Command {
         /// Who it is for
         #[arg(long)]
         name: String,
-        /// DNS name or IP address that it is reached by, for servers; may be repeated
+        /// DNS name or IP address that it is reached by; may be repeated; servers (safekeeper, compute, pageserver) need one
         #[arg(long = "host", value_name = "HOST", num_args = 1..)]
         hosts: Vec<String>,
     },
@@ -40,6 +40,15 @@ pub(crate) fn run(command: &Command) -> CommandResult {
             println!("{}", dir.join("ca.pem").display());
         }
         Command::Issue { dir, role, name, hosts } => {
+            if hosts.is_empty() && matches!(role, Role::Safekeeper | Role::Compute | Role::PageServer) {
+                return Err(format!(
+                    "a {role} is a server: give each name or address that it is reached by with --host"
+                )
+                .into());
+            }
+            if !dir.join("ca.pem").exists() {
+                return Err(format!("{}: no authority here; `lakebase ca init` makes one", dir.display()).into());
+            }
             let files = identity::ca::issue(dir, *role, name, hosts)?;
             println!("{}", files.certificate.display());
         }

@@ -11,7 +11,7 @@ pub(crate) struct Arguments {
     /// Configuration file (compute.toml)
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Read and check the configuration, then end
+    /// Read and check the configuration (not the files that it names), then end
     #[arg(long)]
     check: bool,
 }
@@ -19,6 +19,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> CommandResult {
     let config = Config::load(&arguments.config)?;
     if arguments.check {
+        println!("{}: no mistakes found", arguments.config.display());
         return Ok(());
     }
     start_log(config.log_format == LogFormat::Json)?;

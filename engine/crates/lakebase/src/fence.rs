@@ -6,7 +6,7 @@ use safekeeper::api::{Fence, Fenced};
 
 use crate::{
     CommandResult, LogArguments,
-    http::{Client, TlsArguments},
+    http::{CallError, Client, TlsArguments},
     quorum::{ask_all, is_majority, newest_configuration},
 };
 
@@ -37,13 +37,19 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
     let body = Fence { term: arguments.term, writer: arguments.writer };
     let mut answers: Vec<(u32, Fenced)> = Vec::new();
     let mut fenced = Vec::new();
+    let mut taken = false;
     for safekeeper in &safekeepers {
         match client.call::<Fenced>(Method::POST, safekeeper.url, &path, Some(&body)) {
             Ok(answer) => {
                 fenced.push((safekeeper.status.disk, answer.generation));
                 answers.push((safekeeper.status.member, answer));
             }
-            Err(error) => eprintln!("{error}"),
+            Err(error) => {
+                if let CallError::Refused { failure, .. } = &error {
+                    taken |= matches!(failure.error.as_str(), "fenced" | "other_writer");
+                }
+                eprintln!("{error}");
+            }
         }
     }
     // Asked again: a configuration that an acceptor adopted meanwhile decides about the majority.
@@ -66,9 +72,18 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
         .filter_map(|(disk, generation)| (generation >= configuration.generation.0).then_some(disk))
         .collect();
     if !is_majority(&configuration, &counted) {
+        let advice = if taken {
+            "it belongs to another writer or is over: take one more than any term in `lakebase status`"
+        } else {
+            "repeat the command with the same term and writer, and --safekeeper for every member"
+        };
+        let members: Vec<String> = configuration.all_members().map(|member| member.member.0.to_string()).collect();
         return Err(format!(
-            "term {} is NOT granted: no majority of generation {} is fenced; repeat the command with the same term and writer",
-            arguments.term, configuration.generation.0
+            "term {} is NOT granted: {} fenced, no majority of members {} (generation {}); {advice}",
+            arguments.term,
+            counted.len(),
+            members.join(", "),
+            configuration.generation.0
         )
         .into());
     }

@@ -29,11 +29,15 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
         Some(writer) => writer.to_string(),
         None => {
             let status: serde_json::Value = client.get(&arguments.compute, "/v1/status")?;
-            status["writer"].as_str().ok_or("the agent's status names no writer")?.to_owned()
+            status["writer"]
+                .as_str()
+                .ok_or_else(|| format!("{}: no compute agent answers there", arguments.compute))?
+                .to_owned()
         }
     };
     let body = serde_json::json!({"term": arguments.term, "writer": writer});
     let answer: serde_json::Value = client.call(Method::POST, &arguments.compute, "/v1/grant", Some(&body))?;
-    println!("{answer}");
+    // As the agent has it.
+    println!("term {} is granted to writer {}", answer["term"], answer["writer"].as_str().unwrap_or("unknown"));
     Ok(())
 }

@@ -22,7 +22,10 @@ pub(crate) struct TlsArguments {
 }
 
 /// A client of admin ports.
-pub(crate) struct Client(blocking::Client);
+pub(crate) struct Client {
+    http: blocking::Client,
+    has_certificate: bool,
+}
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +54,7 @@ impl Client {
             let config = Tls::load(files)?.client_config();
             builder = builder.use_preconfigured_tls((*config).clone());
         }
-        Ok(Self(builder.build()?))
+        Ok(Self { http: builder.build()?, has_certificate: tls.tls_dir.is_some() })
     }
 
     pub(crate) fn get<T: DeserializeOwned>(&self, base: &str, path: &str) -> Result<T, CallError> {
@@ -68,7 +71,12 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<T, CallError> {
         let url = format!("{}{path}", base.trim_end_matches('/'));
-        let mut request = self.0.request(method, &url);
+        let failed = |reason: String| CallError::Transport { url: url.clone(), reason };
+        host_of(base).map_err(|reason| CallError::Transport { url: base.to_owned(), reason })?;
+        if base.starts_with("https:") && !self.has_certificate {
+            return Err(failed("https:// needs a certificate: give --tls-dir and --tls-name".to_owned()));
+        }
+        let mut request = self.http.request(method, &url);
         if let Some(body) = body {
             request = request.json(body);
         }
@@ -78,13 +86,15 @@ impl Client {
             while let Some(source) = cause.source() {
                 cause = source;
             }
-            CallError::Transport { url: url.clone(), reason: cause.to_string() }
+            failed(explained(&cause.to_string()))
         };
         let response = request.send().map_err(|error| transport(&error))?;
         let status = response.status();
         let text = response.text().map_err(|error| transport(&error))?;
         if status.is_success() {
-            return serde_json::from_str(&text).map_err(|error| transport(&error));
+            return serde_json::from_str(&text).map_err(|error| {
+                failed(format!("not the expected answer; is this another process's port? ({error})"))
+            });
         }
         let failure = serde_json::from_str(&text)
             .unwrap_or_else(|_| Failure { error: status.as_u16().to_string(), message: text.trim().to_owned() });
@@ -92,9 +102,25 @@ impl Client {
     }
 }
 
+/// The libraries' words for a wrong port or scheme, with what to look at.
+fn explained(cause: &str) -> String {
+    let hint = if cause.contains("invalid HTTP version") {
+        "is this an admin port, and does it want https:// with --tls-dir and --tls-name?"
+    } else if cause.contains("InvalidContentType") {
+        "is this an admin port, and does it want http://?"
+    } else if cause.contains("UnknownIssuer") {
+        "its certificate is of another authority than ca.pem"
+    } else if cause.contains("NotValidForName") {
+        "its certificate was issued without this host"
+    } else {
+        return cause.to_owned();
+    };
+    format!("{cause}; {hint}")
+}
+
 /// The host of a URL such as `https://host:port/`, with brackets for IPv6.
 pub(crate) fn host_of(url: &str) -> Result<&str, String> {
-    let wrong = || format!("{url:?}: expected http://HOST:PORT or https://HOST:PORT");
+    let wrong = || "expected http://HOST:PORT or https://HOST:PORT".to_owned();
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")).ok_or_else(wrong)?;
     let (host, port) = rest.trim_end_matches('/').rsplit_once(':').ok_or_else(wrong)?;
     if host.is_empty() || port.parse::<u16>().is_err() { Err(wrong()) } else { Ok(host) }

@@ -1,6 +1,7 @@
 //! `lakebase status`.
 
-use safekeeper::api::Status;
+use safekeeper::api::{LogState, Status};
+use serde_json::Value;
 
 use crate::{
     CommandResult,
@@ -8,9 +9,10 @@ use crate::{
 };
 
 #[derive(clap::Args)]
+#[group(id = "whom", required = true, multiple = true, args = ["safekeepers", "compute"])]
 pub(crate) struct Arguments {
     /// Admin URL of a safekeeper; may be repeated
-    #[arg(long = "safekeeper", value_name = "URL", num_args = 1.., required_unless_present = "compute")]
+    #[arg(long = "safekeeper", value_name = "URL", num_args = 1..)]
     safekeepers: Vec<String>,
     /// Admin URL of a compute agent
     #[arg(long, value_name = "URL")]
@@ -43,12 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
             Ok(status) if arguments.json => {
                 answers.insert(url.clone(), status);
             }
-            Ok(status) => {
-                println!("compute {url}");
-                for (key, value) in status.as_object().into_iter().flatten() {
-                    println!("  {key:20} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
-                }
-            }
+            Ok(status) => print_compute(url, &status)?,
             Err(error) => {
                 failed += 1;
                 eprintln!("{error}");
@@ -59,6 +56,58 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
         println!("{}", serde_json::to_string_pretty(&answers)?);
     }
     if failed > 0 { Err(format!("{failed} did not answer").into()) } else { Ok(()) }
+}
+
+/// The agent's status (`docs/compute.md`), what matters first.
+fn print_compute(url: &str, status: &Value) -> Result<(), String> {
+    let text = |value: &Value| match value {
+        Value::Null => "none".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let field = |key: &str| text(&status[key]);
+    let Some(state) = status["state"].as_str() else {
+        return Err(format!("{url}: no compute agent answers there"));
+    };
+    println!(
+        "compute {url}: {state}, writer {}, term {}, attempt {}, version {}, I/O {}",
+        field("writer"),
+        field("term"),
+        field("attempt"),
+        field("version"),
+        field("driver"),
+    );
+    println!(
+        "  {}/{}: commit {}, end {}, x {}, quorum {}, lease {} ms",
+        field("cluster"),
+        field("branch"),
+        field("commit_lsn"),
+        field("record_end"),
+        field("x"),
+        field("quorum"),
+        field("lease_remaining_ms"),
+    );
+    println!(
+        "  PostgreSQL {}: pid {}, isolation {}, recovery {}",
+        field("postgres_version"),
+        field("postgres_pid"),
+        field("isolation"),
+        field("recovery"),
+    );
+    for safekeeper in status["safekeepers"].as_array().into_iter().flatten() {
+        let follows = if safekeeper["follows"] == true { "follows" } else { "does NOT follow" };
+        print!("  member {} {follows}: flush {}", text(&safekeeper["member"]), text(&safekeeper["flush_lsn"]));
+        match safekeeper["trouble"].as_str() {
+            Some(trouble) => println!(", trouble: {trouble}"),
+            None => println!(),
+        }
+    }
+    for key in ["last_error", "unsupported_record"] {
+        if !status[key].is_null() {
+            println!("  {key}: {}", field(key));
+        }
+    }
+    Ok(())
 }
 
 fn print_safekeeper(url: &str, status: &Status) {
@@ -73,13 +122,16 @@ fn print_safekeeper(url: &str, status: &Status) {
     );
     for log in &status.logs {
         println!(
-            "  {}/{} {:?}: term {}.{} writer {}, generation {}, commit {}, flush {}, oldest {}, timeline {}",
+            "  {}/{} {}: term {}.{} writer {}, generation {}, commit {}, flush {}, oldest {}, timeline {}",
             log.cluster,
             log.branch,
-            log.state,
+            match log.state {
+                LogState::Serving => "serving",
+                LogState::Failed => "state failed",
+            },
             log.term,
             log.attempt,
-            log.writer,
+            if log.term == 0 { "none yet".to_owned() } else { log.writer.to_string() },
             log.configuration.generation,
             log.commit_lsn,
             log.flush_lsn,
