@@ -162,6 +162,49 @@ def test_calls_with_wrong_contents_get_an_error_that_says_so() -> None:
                 assert reply.text.strip(), f"{name}: no text"
 
 
+def test_a_flood_of_half_open_connections_does_not_keep_the_writer_out() -> None:
+    """Who has not said who he is costs memory and a descriptor: such connections are few, and the oldest makes room.
+
+    The bound is 256 per core (engine/crates/safekeeper/src/greetings.rs); 500 stay open at their own side.
+    """
+    with LocalCluster() as cluster:
+        cluster.expect_log("WARN")
+        writer = cluster.new_writer()
+        writer.start()
+        flooded = cluster.safekeepers[:2]
+        flood: list[socket.socket] = []
+        for safekeeper in flooded:
+            for _ in range(500):
+                connection = socket.create_connection(("127.0.0.1", safekeeper.ports["append"]), timeout=5)
+                # The header of a TLS record whose rest never comes.
+                connection.sendall(b"\x16\x03\x01\x02\x00")
+                connection.setblocking(False)
+                flood.append(connection)
+
+        def closed() -> int:
+            return sum(is_closed(connection) for connection in flood)
+
+        # The time limit of a greeting, 10 s, would close them later.
+        wait_for("those above the bound to be closed", lambda: closed() >= len(flooded) * (500 - 256), 5)
+        assert closed() < len(flood)
+        cluster.grant(writer)
+        writer.wait_running()
+        with writer.connect() as session:
+            session.execute("create table commits ()")
+        for connection in flood:
+            connection.close()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has closed a non-blocking connection."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def test_a_caller_that_fails_again_and_again_is_logged_once() -> None:
     """A broken client tries for ever; a line for each attempt would fill the disk and hide what matters."""
     with LocalCluster(members=1) as cluster:

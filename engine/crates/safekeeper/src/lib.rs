@@ -10,6 +10,7 @@ pub mod core;
 pub mod data_dir;
 pub mod files;
 pub mod followers;
+mod greetings;
 pub mod log;
 pub mod log_directory;
 pub mod metrics;

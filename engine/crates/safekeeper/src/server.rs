@@ -20,7 +20,14 @@ use wire::append::{
     decode, encode,
 };
 
-use crate::{core::Core, files::ReadError, log::LogDriver, outbox::Outbox, process::Process};
+use crate::{
+    core::Core,
+    files::ReadError,
+    greetings::{GREETINGS_MAX, Greetings},
+    log::LogDriver,
+    outbox::Outbox,
+    process::Process,
+};
 
 /// Connections of the append port at a time; more are told that the safekeeper is busy. 1,000 logs have a proposer each.
 const CONNECTIONS_MAX: usize = 4096;
@@ -74,6 +81,7 @@ struct Visitor {
 
 /// Accepts connections until the process is ending.
 pub async fn accept(core: Rc<Core>, listener: Listener) {
+    let greetings = Greetings::new(GREETINGS_MAX);
     loop {
         let accepted = {
             let accept = std::pin::pin!(listener.accept());
@@ -85,7 +93,7 @@ pub async fn accept(core: Rc<Core>, listener: Listener) {
         };
         match accepted {
             Ok(connection) => {
-                driver::spawn(greet(core.clone(), connection));
+                driver::spawn(greet(core.clone(), connection, greetings.clone()));
             }
             Err(error) => {
                 if core.process.notices.is_new("accept", driver::now()) {
@@ -110,10 +118,15 @@ fn watch(closer: Closer, limit: Duration) -> Rc<Cell<bool>> {
     disarmed
 }
 
-async fn greet(core: Rc<Core>, connection: Connection) {
+async fn greet(core: Rc<Core>, connection: Connection, greetings: Rc<Greetings>) {
     // A peer that is gone already has no address, and nobody to be served.
     let Ok(peer) = connection.peer_address().map(|address| address.ip()) else { return };
     let process = &core.process;
+    let (guest, oldest) = greetings.enter(connection.closer());
+    if let Some(oldest) = oldest {
+        oldest.close();
+        note(process, peer, "crowd", &format!("{GREETINGS_MAX} connections wait to be greeted: the oldest was closed"));
+    }
     let mut connection = connection;
     if let Some(tls) = &process.tls {
         connection = match driver::timeout(GREETING_LIMIT, connection.upgrade_server(tls.server_config())).await {
@@ -131,6 +144,7 @@ async fn greet(core: Rc<Core>, connection: Connection) {
     let disarm = watch(connection.closer(), GREETING_LIMIT);
     let greeting = read_hello(&mut connection, &mut frames).await;
     disarm.set(true);
+    drop(guest);
     let hello = match greeting {
         Ok(Some(hello)) => hello,
         Ok(None) => return,
