@@ -4,9 +4,9 @@
 //! functions of their arguments: nothing here knows where pages come from, in which order shards see records, or what
 //! time it is. [`mask`] forgets what may differ between two correct copies of a page.
 //!
-//! Done are the resource managers XLOG (page images), Heap, Heap2 with the visibility map, Btree, Hash, Sequence,
-//! BRIN and Generic. Not done, and answered with [`RedoError::Unsupported`] unless the record carries the page: Gin, Gist
-//! and SPGist. State without blocks (transactions, multixacts, relation maps, databases) is not here.
+//! Done are the resource managers XLOG (page images), Heap, Heap2 with the visibility map, Btree, Hash, Gist, Sequence,
+//! BRIN and Generic. Not done, and answered with [`RedoError::Unsupported`] unless the record carries the page: Gin and
+//! SPGist. State without blocks (transactions, multixacts, relation maps, databases) is not here.
 //!
 //! The judge is PostgreSQL itself: `tests/consistency.rs` compares every page with the image that
 //! `wal_consistency_checking` puts into each record. Read next: `touch.rs`, `heap.rs`.
@@ -19,6 +19,7 @@ mod brin;
 mod btree;
 mod error;
 mod generic;
+mod gist;
 mod hash;
 mod heap;
 mod heap2;
@@ -45,6 +46,7 @@ pub(crate) mod rmgr_id {
     pub const HEAP: u8 = 10;
     pub const BTREE: u8 = 11;
     pub const HASH: u8 = 12;
+    pub const GIST: u8 = 14;
     pub const SEQUENCE: u8 = 15;
     pub const BRIN: u8 = 17;
     pub const GENERIC: u8 = 20;
@@ -126,8 +128,10 @@ fn apply_registered(
         if !page.is_new() {
             page.set_lsn(end);
         }
-        if record.info.rmgr == rmgr_id::HASH && hash::changes_image(record, block.id) {
-            hash::apply(record, site, page)?;
+        match record.info.rmgr {
+            rmgr_id::HASH if hash::changes_image(record, block.id) => drop(hash::apply(record, site, page)?),
+            rmgr_id::GIST if gist::changes_image(record, block.id) => drop(gist::apply(record, site, page)?),
+            _ => {}
         }
         return Ok(Applied::Changed);
     }
@@ -145,6 +149,7 @@ fn apply_registered(
         rmgr_id::HEAP2 => heap2::apply(record, site, page, context)?,
         rmgr_id::BTREE => btree::apply(record, site, page)?,
         rmgr_id::HASH => hash::apply(record, site, page)?,
+        rmgr_id::GIST => gist::apply(record, site, page)?,
         rmgr_id::SEQUENCE => sequence::apply(record, site, page)?,
         rmgr_id::BRIN => brin::apply(record, site, page)?,
         rmgr_id::GENERIC => generic::apply(site, page)?,

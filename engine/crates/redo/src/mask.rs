@@ -3,12 +3,13 @@
 //! Two pages are the same when they are equal after masking. Source: `access/common/bufmask.c` and the `*_mask`
 //! functions of the access methods; each function names the one that it follows.
 
+use pgtypes::Lsn;
 use wal::Fork;
 
 use crate::{
     RedoError, brin,
     btree::{self, Opaque},
-    hash,
+    gist, hash,
     page::{HEADER_BYTES, ItemId, ItemState, PAGE_BYTES, Page, align8, page_flags},
     rmgr_id,
     tuple::{SPECULATIVE, infomask},
@@ -34,6 +35,7 @@ pub fn mask(rmgr: u8, fork: Fork, block: u32, page: &mut Page) -> Result<(), Red
         rmgr_id::HEAP | rmgr_id::HEAP2 => heap(page, block),
         rmgr_id::BTREE => btree(page),
         rmgr_id::HASH => hash(page),
+        rmgr_id::GIST => gist(page),
         rmgr_id::BRIN => brin(page),
         rmgr_id::SEQUENCE | rmgr_id::GENERIC => sequence_or_generic(page),
         rmgr => Err(RedoError::Unsupported { rmgr, info: 0 }),
@@ -161,4 +163,21 @@ fn page_content(page: &mut Page) {
     page.0[HEADER_BYTES..].fill(MARKER);
     page.set_lower(0);
     page.set_upper(0);
+}
+
+/// `gist_mask` (`access/gist/gistxlog.c`).
+fn gist(page: &mut Page) -> Result<(), RedoError> {
+    lsn_and_checksum(page);
+    hint_bits(page);
+    unused_space(page)?;
+    let opaque = gist::Opaque::of(page)?;
+    // The number of a split is a position of WAL, and compared like one; a page that waits for its parent's entry may
+    // get it without a record.
+    opaque.set_nsn(page, Lsn(0));
+    opaque.set_flag(page, gist::flags::FOLLOW_RIGHT, true);
+    if opaque.flags(page) & gist::flags::LEAF != 0 {
+        line_pointer_flags(page)?;
+    }
+    opaque.set_flag(page, gist::flags::HAS_GARBAGE, false);
+    Ok(())
 }

@@ -59,6 +59,10 @@ const KINDS: &[(u8, u8)] = &[
     (12, 0xA0),
     (12, 0xB0),
     (12, 0xC0),
+    (14, 0x00),
+    (14, 0x10),
+    (14, 0x30),
+    (14, 0x60),
     (15, 0x00),
     (17, 0x00),
     (17, 0x10),
@@ -133,6 +137,21 @@ const HEAP: &str = "
     insert into hashed select g, 77 from generate_series(1, 1000) g;
     reset enable_seqscan;
     reset enable_bitmapscan;
+    create table placed (i int, p point);
+    create index on placed using gist (p);
+    insert into placed select g, point(g % 100, g / 100) from generate_series(1, 6000) g;
+    delete from placed where i between 1000 and 5000;
+    vacuum placed;
+    vacuum placed;
+    insert into placed select g, point(g % 100, 7.5) from generate_series(1, 2000) g;
+    delete from placed where i <= 500;
+    set enable_seqscan = off;
+    set enable_bitmapscan = off;
+    select count(*) from placed where p <@ box(point(0, 0), point(100, 100));
+    select count(*) from placed where p <@ box(point(0, 0), point(100, 100));
+    reset enable_seqscan;
+    reset enable_bitmapscan;
+    insert into placed select g, point(g % 100, 7.25) from generate_series(1, 4000) g;
     create sequence s;
     select nextval('s') from generate_series(1, 100);
     select setval('s', 1000);
