@@ -11,7 +11,7 @@
 
 use std::{
     ffi::{CStr, CString},
-    io,
+    io::{self, Write},
     path::PathBuf,
 };
 
@@ -167,7 +167,7 @@ fn start(spec: &InitSpec, control: &Control) -> i32 {
     };
     result.unwrap_or_else(|error| {
         control.tell(&format!("failed {error}"));
-        eprintln!("compute-init: {error}");
+        let _unread = writeln!(io::stderr(), "compute-init: {error}");
         STATUS_FAILED
     })
 }
@@ -265,7 +265,8 @@ fn end_the_rest(spec: &InitSpec) {
     kill_descendants();
     // Here, because the agent may be the one that was killed.
     if let Err(error) = crate::shared_memory::remove_left_behind(&spec.directory) {
-        eprintln!("compute-init: PostgreSQL's shared memory stays behind: {error}");
+        // Nobody reads it where the agent is gone, and that is no reason to fail.
+        let _unread = writeln!(io::stderr(), "compute-init: PostgreSQL's shared memory stays behind: {error}");
     }
 }
 

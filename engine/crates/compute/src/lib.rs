@@ -15,6 +15,7 @@ pub mod isolation;
 mod link;
 mod metrics;
 pub mod postgres;
+mod postgres_log;
 mod process_tree;
 mod recovery;
 mod restore;

@@ -4,7 +4,7 @@
 //! of file. Knows nothing about WAL or terms.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs,
     io::{self, BufRead, BufReader, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
@@ -21,6 +21,7 @@ use crate::{
     area::{owned, pipe},
     config::{IsolationChoice, PostgresLog},
     isolation::{FAST, IMMEDIATE, InitSpec, Isolation, KILL, SPEC_BYTES_MAX, User, isolation_name},
+    postgres_log::{self, LOG_BYTES_MAX},
     process_tree,
 };
 
@@ -75,7 +76,7 @@ pub struct Launch {
 /// Where PostgreSQL's standard output and error go.
 #[derive(Clone, Debug)]
 pub enum LogTarget {
-    /// Appended to a file.
+    /// Appended to a file of bounded size.
     File(PathBuf),
     /// The agent's standard error.
     Stderr,
@@ -138,8 +139,9 @@ impl Postgres {
         (&ours).write_all(&spec)?;
         let (stdout, stderr) = match &launch.log {
             LogTarget::File(path) => {
-                let file = OpenOptions::new().create(true).append(true).open(path)?;
-                (Stdio::from(file.try_clone()?), Stdio::from(file))
+                // The thread ends with PostgreSQL's last process.
+                let (write, _thread) = postgres_log::start(path, LOG_BYTES_MAX)?;
+                (Stdio::from(write.try_clone()?), Stdio::from(write))
             }
             LogTarget::Stderr => {
                 // SAFETY: no pointers.
