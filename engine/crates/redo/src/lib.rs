@@ -4,9 +4,10 @@
 //! functions of their arguments: nothing here knows where pages come from, in which order shards see records, or what
 //! time it is. [`mask`] forgets what may differ between two correct copies of a page.
 //!
-//! Done are the resource managers XLOG (page images), Heap, Heap2 with the visibility map, Btree, Hash, Gist, Sequence,
-//! BRIN and Generic. Not done, and answered with [`RedoError::Unsupported`] unless the record carries the page: Gin and
-//! SPGist. State without blocks (transactions, multixacts, relation maps, databases) is not here.
+//! Done are all resource managers of PostgreSQL 17 whose records refer to blocks: XLOG (page images), Heap, Heap2, Btree,
+//! Hash, Gin, Gist, Sequence, SPGist, BRIN and Generic, and the visibility map, which records also change by implication.
+//! Those of extensions are answered with [`RedoError::Unsupported`] unless the record carries the page. State without
+//! blocks (transactions, multixacts, relation maps, databases) is not here, and neither is the free-space map.
 //!
 //! The judge is PostgreSQL itself: `tests/consistency.rs` compares every page with the image that
 //! `wal_consistency_checking` puts into each record. Read next: `touch.rs`, `heap.rs`.
@@ -19,6 +20,8 @@ mod brin;
 mod btree;
 mod error;
 mod generic;
+mod gin;
+mod gin_segments;
 mod gist;
 mod hash;
 mod heap;
@@ -30,6 +33,7 @@ mod page;
 mod posting;
 mod reader;
 mod sequence;
+mod spgist;
 mod touch;
 mod tuple;
 mod visibility_map;
@@ -46,8 +50,10 @@ pub(crate) mod rmgr_id {
     pub const HEAP: u8 = 10;
     pub const BTREE: u8 = 11;
     pub const HASH: u8 = 12;
+    pub const GIN: u8 = 13;
     pub const GIST: u8 = 14;
     pub const SEQUENCE: u8 = 15;
+    pub const SPGIST: u8 = 16;
     pub const BRIN: u8 = 17;
     pub const GENERIC: u8 = 20;
 }
@@ -149,8 +155,10 @@ fn apply_registered(
         rmgr_id::HEAP2 => heap2::apply(record, site, page, context)?,
         rmgr_id::BTREE => btree::apply(record, site, page)?,
         rmgr_id::HASH => hash::apply(record, site, page)?,
+        rmgr_id::GIN => gin::apply(record, site, page)?,
         rmgr_id::GIST => gist::apply(record, site, page)?,
         rmgr_id::SEQUENCE => sequence::apply(record, site, page)?,
+        rmgr_id::SPGIST => spgist::apply(record, site, page)?,
         rmgr_id::BRIN => brin::apply(record, site, page)?,
         rmgr_id::GENERIC => generic::apply(site, page)?,
         rmgr => return Err(RedoError::Unsupported { rmgr, info: kind }),

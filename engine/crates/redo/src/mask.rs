@@ -9,7 +9,7 @@ use wal::Fork;
 use crate::{
     RedoError, brin,
     btree::{self, Opaque},
-    gist, hash,
+    gin, gist, hash,
     page::{HEADER_BYTES, ItemId, ItemState, PAGE_BYTES, Page, align8, page_flags},
     rmgr_id,
     tuple::{SPECULATIVE, infomask},
@@ -35,7 +35,9 @@ pub fn mask(rmgr: u8, fork: Fork, block: u32, page: &mut Page) -> Result<(), Red
         rmgr_id::HEAP | rmgr_id::HEAP2 => heap(page, block),
         rmgr_id::BTREE => btree(page),
         rmgr_id::HASH => hash(page),
+        rmgr_id::GIN => gin(page),
         rmgr_id::GIST => gist(page),
+        rmgr_id::SPGIST => spgist(page),
         rmgr_id::BRIN => brin(page),
         rmgr_id::SEQUENCE | rmgr_id::GENERIC => sequence_or_generic(page),
         rmgr => Err(RedoError::Unsupported { rmgr, info: 0 }),
@@ -180,4 +182,24 @@ fn gist(page: &mut Page) -> Result<(), RedoError> {
     }
     opaque.set_flag(page, gist::flags::HAS_GARBAGE, false);
     Ok(())
+}
+
+/// `gin_mask` (`access/gin/ginxlog.c`).
+fn gin(page: &mut Page) -> Result<(), RedoError> {
+    lsn_and_checksum(page);
+    let flags = gin::Opaque::of(page)?.flags(page);
+    hint_bits(page);
+    if flags & gin::flags::DELETED != 0 {
+        page_content(page);
+    } else if page.lower() > HEADER_BYTES {
+        unused_space(page)?;
+    }
+    Ok(())
+}
+
+/// `spg_mask` (`access/spgist/spgxlog.c`).
+fn spgist(page: &mut Page) -> Result<(), RedoError> {
+    lsn_and_checksum(page);
+    hint_bits(page);
+    if page.lower() >= HEADER_BYTES { unused_space(page) } else { Ok(()) }
 }

@@ -55,7 +55,11 @@ impl<'a> Reader<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct U16s<'a>(&'a [u8]);
 
-impl U16s<'_> {
+impl<'a> U16s<'a> {
+    pub fn new(bytes: &'a [u8]) -> U16s<'a> {
+        U16s(bytes)
+    }
+
     pub fn len(&self) -> usize {
         self.0.len() / 2
     }

@@ -59,11 +59,28 @@ const KINDS: &[(u8, u8)] = &[
     (12, 0xA0),
     (12, 0xB0),
     (12, 0xC0),
+    (13, 0x10),
+    (13, 0x20),
+    (13, 0x30),
+    (13, 0x40),
+    (13, 0x50),
+    (13, 0x60),
+    (13, 0x70),
+    (13, 0x80),
+    (13, 0x90),
     (14, 0x00),
     (14, 0x10),
     (14, 0x30),
     (14, 0x60),
     (15, 0x00),
+    (16, 0x10),
+    (16, 0x20),
+    (16, 0x30),
+    (16, 0x40),
+    (16, 0x50),
+    (16, 0x60),
+    (16, 0x70),
+    (16, 0x80),
     (17, 0x00),
     (17, 0x10),
     (17, 0x20),
@@ -152,6 +169,45 @@ const HEAP: &str = "
     reset enable_seqscan;
     reset enable_bitmapscan;
     insert into placed select g, point(g % 100, 7.25) from generate_series(1, 4000) g;
+    create table words (i int, a int[]);
+    create index on words using gin (a) with (fastupdate = off);
+    create index pending on words using gin (a) with (fastupdate = on, gin_pending_list_limit = 64);
+    insert into words select g, array[g % 3, g % 50 + 10, g + 1000] from generate_series(1, 9000) g;
+    vacuum words;
+    delete from words where i % 3 = 0;
+    vacuum words;
+    insert into words select g, array[1, g % 20 + 10] from generate_series(1, 2000) g;
+    delete from words where i between 1000 and 8500;
+    vacuum words;
+    insert into words select g, array[1, 2] from generate_series(1, 30) g;
+    select gin_clean_pending_list('pending');
+    insert into words select g, array(select generate_series(1, 3000)) from generate_series(1, 3) g;
+    delete from words;
+    vacuum words;
+    create table one_key (i int, a int[]);
+    copy one_key from program 'seq 1 60000 | sed s/$/,{1}/' (format csv);
+    create index on one_key using gin (a);
+    set wal_consistency_checking = '';
+    delete from one_key where i between 10000 and 50000;
+    reset wal_consistency_checking;
+    vacuum one_key;
+    create table texts (i int, t text, p point);
+    create index on texts using spgist (t);
+    create index on texts using spgist (p);
+    insert into texts select g, repeat('ab', g % 5) || md5(g::text), point(g % 77, g % 101)
+        from generate_series(1, 5000) g;
+    insert into texts select g, repeat('ab', g) || chr(97 + g % 26), null from generate_series(1, 200) g;
+    delete from texts where i % 3 = 0;
+    vacuum texts;
+    insert into texts select g, 'abab' || g, point(g, 5) from generate_series(1, 2000) g;
+    delete from texts where i % 2 = 0;
+    vacuum texts;
+    vacuum texts;
+    create table few (t text);
+    create index on few using spgist (t);
+    insert into few select g::text from generate_series(1, 20) g;
+    delete from few where t like '1%';
+    vacuum few;
     create sequence s;
     select nextval('s') from generate_series(1, 100);
     select setval('s', 1000);

@@ -80,6 +80,8 @@ pub struct Oracle {
     copies: HashMap<u32, u32>,
     /// Images that were compared.
     pub compared: BTreeMap<(u8, u8), u64>,
+    /// Blocks that came as images.
+    pub restored: BTreeMap<(u8, u8), u64>,
     /// Blocks whose record is not supported.
     pub unsupported: BTreeMap<(u8, u8), u64>,
     /// Records.
@@ -98,6 +100,7 @@ impl Oracle {
             cut: BTreeMap::new(),
             copies: HashMap::new(),
             compared: BTreeMap::new(),
+            restored: BTreeMap::new(),
             unsupported: BTreeMap::new(),
             records: 0,
             implied: 0,
@@ -202,6 +205,11 @@ impl Oracle {
                 self.cut(truncation.relation, Fork::VisibilityMap, truncation.visibility_map_blocks());
             }
         }
+        let images = record.blocks.iter().filter_map(|block| record.block_image(block));
+        let images = images.filter(|image| image.apply).count() as u64;
+        if images > 0 {
+            *self.restored.entry(kind).or_default() += images;
+        }
         self.compare(record);
     }
 
@@ -262,7 +270,9 @@ impl Oracle {
     /// Records compared and not supported, per resource manager and kind.
     pub fn report(&self) -> String {
         let mut text = format!("{} records, {} implied blocks\n", self.records, self.implied);
-        for (what, counts) in [("compared", &self.compared), ("unsupported", &self.unsupported)] {
+        for (what, counts) in
+            [("compared", &self.compared), ("restored", &self.restored), ("unsupported", &self.unsupported)]
+        {
             for ((rmgr, info), count) in counts {
                 writeln!(text, "{what:<12} {:<10} {info:#04x} {count}", name_of(*rmgr)).expect("a string grows");
             }
@@ -270,9 +280,13 @@ impl Oracle {
         text
     }
 
-    /// Kinds that are missing in what was compared.
+    /// Kinds that are missing in what was compared or restored.
     pub fn missing(&self, kinds: &[(u8, u8)]) -> BTreeSet<(u8, u8)> {
-        kinds.iter().copied().filter(|kind| !self.compared.contains_key(kind)).collect()
+        kinds
+            .iter()
+            .copied()
+            .filter(|kind| !self.compared.contains_key(kind) && !self.restored.contains_key(kind))
+            .collect()
     }
 }
 
