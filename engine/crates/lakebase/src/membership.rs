@@ -116,7 +116,8 @@ fn change(client: &Client, urls: &[String], log: LogArguments, to: &[u32], wait:
     Ok(())
 }
 
-/// Gives an empty log to each member of `joint` that has none.
+/// Gives an empty log to each member that joins with `joint` and has none. A member of the old set that has none has lost it,
+/// and with it what it had promised: an empty one there would vote.
 fn create_on_new_members(
     client: &Client,
     safekeepers: &[Safekeeper<'_>],
@@ -139,8 +140,9 @@ fn create_on_new_members(
     };
     let path = format!("/v1/logs/{}/{}", log.cluster, log.branch);
     for safekeeper in safekeepers {
-        let is_member = joint.all_members().any(|member| member.disk == safekeeper.status.disk);
-        if is_member && safekeeper.log(log).is_none() {
+        let is_old = joint.members.iter().any(|member| member.disk == safekeeper.status.disk);
+        let is_new = joint.new_members.iter().flatten().any(|member| member.disk == safekeeper.status.disk);
+        if is_new && !is_old && safekeeper.log(log).is_none() {
             let _: LogStatus = client.call(Method::PUT, safekeeper.url, &path, Some(&body))?;
             println!("member {}: log begins at {}", safekeeper.status.member, body.start_lsn);
         }

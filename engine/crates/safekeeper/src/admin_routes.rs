@@ -121,6 +121,7 @@ async fn create(
         Err(error) => Err(match &error {
             CreateError::Exists | CreateError::Busy => ApiError::conflict("exists", error.to_string()),
             CreateError::Damaged(_) => ApiError::conflict("damaged", error.to_string()),
+            CreateError::Lost => ApiError::conflict("lost", error.to_string()),
             CreateError::NotAMember { .. } => ApiError::conflict("not_a_member", error.to_string()),
             CreateError::Invalid(_) => ApiError::bad_request(error.to_string()),
             CreateError::DiskFull => ApiError::unavailable(error.to_string()),

@@ -1,6 +1,13 @@
 //! Logs come and go: recovery at start, creation, deletion.
 
-use std::{io, path::Path, rc::Rc, time::Duration};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    rc::Rc,
+    time::Duration,
+};
 
 use consensus::{AcceptorIdentity, Configuration};
 use logstore::Log;
@@ -11,6 +18,7 @@ use crate::{
     core::Core,
     files::{LogFiles, RecoveryReader},
     log::LogDriver,
+    process::Process,
 };
 
 /// How long a creation waits for the disk before it says so.
@@ -39,6 +47,12 @@ pub enum CreateError {
         /// Of this safekeeper.
         disk: pgtypes::DiskId,
     },
+    /// This disk held it before, and does not any more.
+    #[error(
+        "this disk has held the log before: an empty one would vote without what the lost one has promised; \
+         replace the member by one with another disk"
+    )]
+    Lost,
     /// The request contradicts itself.
     #[error("{0}")]
     Invalid(String),
@@ -77,6 +91,7 @@ fn recover(core: &Rc<Core>, log: LogId) -> Result<(), String> {
     if recovered.control_repaired {
         tracing::warn!(%log, "one copy of the control file was unusable or older; it is written again");
     }
+    remember(&known_path(process, log)).map_err(|error| format!("remember the log: {error}"))?;
     let status = recovered.log.status();
     tracing::info!(
         %log,
@@ -123,17 +138,29 @@ pub async fn create(core: &Rc<Core>, log: LogId, body: CreateLog) -> Result<(boo
         },
     };
     let configuration = Configuration::from(body.configuration);
+    let known = known_path(process, log);
     if let Some(existing) = core.log(log) {
         let same = existing.with(|machine| {
             let known = &machine.acceptor().state().configuration;
             *machine.acceptor().identity() == identity
                 && (known.generation > configuration.generation || *known == configuration)
         });
-        return if same { Ok((false, existing.api_status())) } else { Err(CreateError::Exists) };
+        if !same {
+            return Err(CreateError::Exists);
+        }
+        // Whoever created it may have ended before that.
+        driver::unblock(move || remember(&known)).await?;
+        return Ok((false, existing.api_status()));
     }
     check(&identity, &configuration)?;
     if !configuration.contains(identity.member, identity.disk) {
         return Err(CreateError::NotAMember { member: identity.member.0, disk: identity.disk });
+    }
+    // Who joins has no vote yet: what it promised as an earlier member was counted with a configuration that is over.
+    let joins = configuration.members.iter().all(|member| member.disk != identity.disk);
+    let looked_up = known.clone();
+    if !joins && driver::unblock(move || looked_up.try_exists()).await? {
+        return Err(CreateError::Lost);
     }
     let Some(_busy) = core.begin(log) else { return Err(CreateError::Busy) };
     let directory = process.data_dir.log(log);
@@ -146,6 +173,7 @@ pub async fn create(core: &Rc<Core>, log: LogId, body: CreateLog) -> Result<(boo
     let durable = created.until(|machine| (machine.is_ready() || machine.is_failed()).then(|| machine.is_ready()));
     match driver::timeout(CREATE_LIMIT, durable).await {
         Some(true) => {
+            driver::unblock(move || remember(&known)).await?;
             tracing::info!(%log, start_lsn = %body.start_lsn, "log created");
             Ok((true, created.api_status()))
         }
@@ -172,6 +200,26 @@ fn check(identity: &AcceptorIdentity, configuration: &Configuration) -> Result<(
     }
     if identity.system.0 == 0 {
         return invalid("system_id 0 does not exist".to_owned());
+    }
+    Ok(())
+}
+
+/// Where the disk remembers that it has held `log`. Outlives the log: one that was lost or deleted has voted under this
+/// disk's identity, and an empty one in its place could elect a log without what it had acknowledged.
+fn known_path(process: &Process, log: LogId) -> PathBuf {
+    process.data_dir.root().join("known").join(format!("{}.{}", log.cluster, log.branch))
+}
+
+/// Makes sure that `path` exists, durably. Blocks.
+fn remember(path: &Path) -> io::Result<()> {
+    if path.try_exists()? {
+        return Ok(());
+    }
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    File::create(path)?.sync_all()?;
+    for directory in directory.ancestors().take(2) {
+        File::open(directory)?.sync_all()?;
     }
     Ok(())
 }
