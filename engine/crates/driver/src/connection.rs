@@ -23,13 +23,27 @@ use crate::{clock::timeout, tls::Tls};
 /// whose machine is gone is noticed after a minute.
 const KEEPALIVE: [(i32, i32); 3] = [(libc::TCP_KEEPIDLE, 30), (libc::TCP_KEEPINTVL, 10), (libc::TCP_KEEPCNT, 3)];
 
-/// Opens a listening socket on `address` (`host:port`; port 0 takes a free one). Needs no core.
+/// How long a port that is taken is tried again: the kernel takes the io_uring of a killed process apart, and with it the
+/// sockets that were waited for, some milliseconds after the process is reaped. Its successor may be that quick.
+const TAKEN_LIMIT: Duration = Duration::from_secs(2);
+
+/// Opens a listening socket on `address` (`host:port`; port 0 takes a free one). Needs no core. Blocks: used at start.
 ///
 /// # Errors
 /// The address is not one of this machine, or taken.
 pub fn bind(address: &str) -> io::Result<std::net::TcpListener> {
-    std::net::TcpListener::bind(address)
-        .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+    let begun = std::time::Instant::now();
+    loop {
+        match std::net::TcpListener::bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < TAKEN_LIMIT => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => {
+                return result
+                    .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")));
+            }
+        }
+    }
 }
 
 /// A listening socket of this core.
