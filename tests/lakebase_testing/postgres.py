@@ -59,6 +59,9 @@ def _templates() -> Path:
 def base_backup(segment_mib: int = 16, name: str = "base") -> Path:
     """Returns a cleanly shut down PGDATA fresh from initdb (checksums on); another `name` is another system identifier."""
     directory = _templates() / f"{name}-{segment_mib}"
+    if directory.exists():
+        # Made for another spelling of the same arguments, which the cache takes for others.
+        return directory
     run_as_postgres(
         "initdb", "--pgdata", str(directory), "--username=postgres", "--auth=trust", "--data-checksums",
         "--encoding=UTF8", "--locale=C", "--no-instructions", f"--wal-segsize={segment_mib}",
