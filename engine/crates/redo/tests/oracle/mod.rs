@@ -1,6 +1,8 @@
 //! Replays a server's WAL in memory and compares each page with the image that `wal_consistency_checking` put into the
 //! record: the page as PostgreSQL saw it afterwards.
 
+mod damage;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Write,
@@ -9,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use damage::{Random, try_damaged};
 use pgtypes::{Lsn, PgTimeline};
 use redo::{
     Applied, BlockTag, Context, PAGE_BYTES, Page, Reason, RedoError, apply, blocks_of, creation_of, mask, truncation_of,
@@ -17,6 +20,8 @@ use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RelFileLocator, Scanner, rest
 
 /// Mismatches that are described before the rest is only counted.
 const FAULTS_DESCRIBED: usize = 20;
+/// One record in so many is applied damaged, too.
+const DAMAGED_EVERY: u64 = 100;
 /// Resource manager of page images.
 const XLOG: u8 = 0;
 /// Its records that make pages.
@@ -88,6 +93,11 @@ pub struct Oracle {
     pub records: u64,
     pub implied: u64,
     pub faults: u64,
+    /// Pages of each resource manager with a byte changed on purpose: how many, and how many of them were found.
+    pub flipped: BTreeMap<u8, (u64, u64)>,
+    random: Random,
+    /// Damaged records and pages that were refused.
+    pub refused: usize,
     pub descriptions: Vec<String>,
 }
 
@@ -105,6 +115,9 @@ impl Oracle {
             records: 0,
             implied: 0,
             faults: 0,
+            flipped: BTreeMap::new(),
+            random: Random(1),
+            refused: 0,
             descriptions: Vec::new(),
         }
     }
@@ -169,6 +182,14 @@ impl Oracle {
         self.copy_database(record);
         let rmgr = record.info.rmgr;
         let kind = (rmgr, record.info.info & 0xF0);
+        if self.records.is_multiple_of(DAMAGED_EVERY) && !record.blocks.is_empty() {
+            let pages: Vec<_> = blocks_of(record)
+                .map(|touch| {
+                    self.pages.get(&touch.tag).map_or_else(|| self.load(touch.tag), |held| (*held.page).clone())
+                })
+                .collect();
+            self.refused += try_damaged(&mut self.random, record, &pages, &self.context);
+        }
         for touch in blocks_of(record).collect::<Vec<_>>() {
             let mut held = self.pages.remove(&touch.tag).unwrap_or_else(|| Held {
                 page: Box::new(self.load(touch.tag)),
@@ -229,7 +250,14 @@ impl Oracle {
                 held.page.0 = theirs;
                 self.fault(record, tag, &difference);
             }
-            *self.compared.entry(kind).or_default() += 1;
+            let count = self.compared.entry(kind).or_default();
+            *count += 1;
+            if *count % 64 == 1 {
+                let found = is_flip_found(record.info.rmgr, tag, &Page(theirs));
+                let (tried, sum) = self.flipped.entry(record.info.rmgr).or_default();
+                *tried += 1;
+                *sum += u64::from(found);
+            }
         }
     }
 
@@ -269,7 +297,10 @@ impl Oracle {
 
     /// Records compared and not supported, per resource manager and kind.
     pub fn report(&self) -> String {
-        let mut text = format!("{} records, {} implied blocks\n", self.records, self.implied);
+        let mut text = format!(
+            "{} records, {} implied blocks, {} refused of those that were damaged\n",
+            self.records, self.implied, self.refused
+        );
         for (what, counts) in
             [("compared", &self.compared), ("restored", &self.restored), ("unsupported", &self.unsupported)]
         {
@@ -322,6 +353,14 @@ fn difference(rmgr: u8, tag: BlockTag, ours: &Page, theirs: &Page) -> Option<Str
         &ours_masked.0[around.clone()],
         &theirs_masked.0[around]
     ))
+}
+
+/// Whether a page is told from itself with one byte changed: the first one of the last item, or of the access method's part.
+fn is_flip_found(rmgr: u8, tag: BlockTag, page: &Page) -> bool {
+    let upper = usize::from(u16::from_le_bytes([page.0[14], page.0[15]]));
+    let mut flipped = page.clone();
+    flipped.0[upper.min(PAGE_BYTES - 1)] ^= 0x10;
+    difference(rmgr, tag, page, &flipped).is_some()
 }
 
 /// Tells `each` every record from `start` on in a directory of segments of one timeline.
