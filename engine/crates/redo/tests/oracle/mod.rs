@@ -24,7 +24,8 @@ const FAULTS_DESCRIBED: usize = 20;
 const DAMAGED_EVERY: u64 = 100;
 /// Resource manager of page images.
 const XLOG: u8 = 0;
-/// Its records that make pages.
+const SEQUENCE: u8 = 15;
+/// Records that make pages.
 const FPI: u8 = 0xB0;
 /// Blocks of a file of a relation (`RELSEG_SIZE`).
 const SEGMENT_BLOCKS: u32 = 131_072;
@@ -246,14 +247,18 @@ impl Oracle {
                 continue;
             }
             let kind = (record.info.rmgr, record.info.info & 0xF0);
-            if let Some(difference) = difference(record.info.rmgr, tag, &held.page, &Page(theirs)) {
-                held.page.0 = theirs;
+            let mut theirs = Page(theirs);
+            if held.hollow {
+                keep_common_bits(&held.page, &mut theirs);
+            }
+            if let Some(difference) = difference(record.info.rmgr, tag, &held.page, &theirs) {
+                *held.page = theirs.clone();
                 self.fault(record, tag, &difference);
             }
             let count = self.compared.entry(kind).or_default();
             *count += 1;
             if *count % 64 == 1 {
-                let found = is_flip_found(record.info.rmgr, tag, &Page(theirs));
+                let found = is_flip_found(record.info.rmgr, tag, &theirs);
                 let (tried, sum) = self.flipped.entry(record.info.rmgr).or_default();
                 *tried += 1;
                 *sum += u64::from(found);
@@ -266,16 +271,15 @@ impl Oracle {
         let mut compared = 0;
         let mut faults = Vec::new();
         for (tag, held) in &self.pages {
-            // Pages that were only ever images have no access method that says how to mask them.
-            let is_known = held.rmgr != XLOG || tag.fork == Fork::VisibilityMap;
+            // Pages that were only ever images have no access method that says how to mask them; the values of a sequence
+            // are logged 32 at a time.
+            let is_known = held.rmgr != XLOG && held.rmgr != SEQUENCE || tag.fork == Fork::VisibilityMap;
             if held.unsupported || !is_known || tag.fork == Fork::FreeSpaceMap {
                 continue;
             }
             let Some(mut theirs) = files.page(*tag) else { continue };
             if held.hollow {
-                for (ours, theirs) in held.page.0.iter().zip(&mut theirs.0).skip(24) {
-                    *theirs &= *ours;
-                }
+                keep_common_bits(&held.page, &mut theirs);
             }
             if let Some(difference) = difference(held.rmgr, *tag, &held.page, &theirs) {
                 faults.push(format!("file of {tag:?}, last changed by {}: {difference}", name_of(held.rmgr)));
@@ -318,6 +322,14 @@ impl Oracle {
             .copied()
             .filter(|kind| !self.compared.contains_key(kind) && !self.restored.contains_key(kind))
             .collect()
+    }
+}
+
+/// Takes those bits from a page of the visibility map that a correct copy of it does not have.
+fn keep_common_bits(ours: &Page, theirs: &mut Page) {
+    const HEADER_BYTES: usize = 24;
+    for (ours, theirs) in ours.0.iter().zip(&mut theirs.0).skip(HEADER_BYTES) {
+        *theirs &= *ours;
     }
 }
 
