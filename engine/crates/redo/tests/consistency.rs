@@ -321,7 +321,7 @@ fn pages_of_a_server_without_checksums_and_with_images_are_the_same() {
     let directory = postgres.directory();
     let mut server = postgres.initdb(&directory, "data", &[]);
     server.append_configuration(SETTINGS);
-    server.append_configuration("full_page_writes = on\nwal_compression = lz4\n");
+    server.append_configuration("full_page_writes = on\nwal_compression = pglz\n");
     let (start, base) = (start_lsn(&server), directory.0.join("base"));
     copy_base(&server, &base);
     server.start();
