@@ -1,7 +1,7 @@
 //! Replays WAL records on pages, one page at a time, as PostgreSQL 17's recovery does.
 //!
-//! [`blocks_of`] names the blocks that a record touches, and [`apply`] does to one page what the record says. Both are
-//! functions of their arguments: nothing here knows where pages come from, in which order shards see records, or what
+//! [`blocks_of`] names the blocks that a record touches, [`apply`] does to one page what the record says, and [`events_of`]
+//! names what happens to whole relations and databases. All are functions of their arguments: nothing here knows where pages come from, in which order shards see records, or what
 //! time it is. [`mask`] forgets what may differ between two correct copies of a page.
 //!
 //! Done are all resource managers of PostgreSQL 17 whose records refer to blocks: XLOG (page images), Heap, Heap2, Btree,
@@ -19,6 +19,7 @@ extern crate alloc;
 mod brin;
 mod btree;
 mod error;
+mod event;
 mod generic;
 mod gin;
 mod gin_segments;
@@ -39,9 +40,10 @@ mod tuple;
 mod visibility_map;
 
 pub use error::RedoError;
+pub use event::{Database, Event, Truncation, events_of};
 pub use page::{PAGE_BYTES, Page};
 use touch::Site;
-pub use touch::{BlockTag, Reason, Touch, Truncation, blocks_of, creation_of, truncation_of};
+pub use touch::{BlockTag, Reason, Touch, blocks_of};
 use wal::{BlockRef, Record, restore_image, rmgr};
 
 /// Numbers of the resource managers whose records refer to blocks, beside `XLOG` (`access/rmgrlist.h`).

@@ -5,7 +5,10 @@
 
 use wal::{BlockRef, Fork, Record, RelFileLocator, rmgr};
 
-use crate::{heap, heap2, rmgr_id, visibility_map};
+use crate::{
+    event::{Truncation, truncation_of},
+    heap, heap2, rmgr_id, visibility_map,
+};
 
 /// A block of a relation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -61,8 +64,7 @@ pub(crate) struct Site<'a> {
 
 /// Every block that the record touches, registered ones first and in the order of their numbers.
 ///
-/// Not among them: blocks that vanish with a relation, a fork or its end ([`truncation_of`] and the records of
-/// transactions and databases), and blocks that are copied with a whole database.
+/// Not among them: blocks that come, vanish or are copied with a whole relation or database ([`crate::events_of`]).
 pub fn blocks_of(record: &Record) -> impl Iterator<Item = Touch> + '_ {
     let registered =
         record.blocks.iter().map(|block| Touch { tag: tag_of(block), reason: Reason::Registered(block.id) });
@@ -110,69 +112,4 @@ fn truncated(record: &Record) -> Option<Touch> {
     let tag = BlockTag { relation, fork: Fork::VisibilityMap, block: visibility_map::map_block(heap_blocks) };
     let touch = Touch { tag, reason: Reason::TruncateVisibility { heap_blocks } };
     visibility_map::cuts_page(heap_blocks).then_some(touch)
-}
-
-/// A relation that is cut off (`xl_smgr_truncate`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Truncation {
-    /// Whose files.
-    pub relation: RelFileLocator,
-    /// Length that the main fork is cut to, in blocks.
-    pub heap_blocks: u32,
-    /// The main fork is cut.
-    pub main: bool,
-    /// The visibility map is cut accordingly.
-    pub visibility_map: bool,
-    /// The free-space map is cut accordingly.
-    pub free_space_map: bool,
-}
-
-impl Truncation {
-    /// Blocks that the visibility map keeps; the last of them may lose bits ([`Reason::TruncateVisibility`]).
-    pub fn visibility_map_blocks(&self) -> u32 {
-        let last = visibility_map::map_block(self.heap_blocks);
-        if visibility_map::cuts_page(self.heap_blocks) { last + 1 } else { last }
-    }
-}
-
-/// What the record cuts off; it concerns all shards of the relation.
-pub fn truncation_of(record: &Record) -> Option<Truncation> {
-    const XLOG_SMGR_TRUNCATE: u8 = 0x20;
-    if record.info.rmgr != rmgr::SMGR || record.info.info & 0xF0 != XLOG_SMGR_TRUNCATE {
-        return None;
-    }
-    let word = |at: usize| {
-        let bytes = record.main_data().get(at..at + 4)?;
-        Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-    };
-    let relation = RelFileLocator { tablespace: word(4)?, database: word(8)?, relation: word(12)? };
-    let flags = word(16)?;
-    Some(Truncation {
-        relation,
-        heap_blocks: word(0)?,
-        main: flags & 1 != 0,
-        visibility_map: flags & 2 != 0,
-        free_space_map: flags & 4 != 0,
-    })
-}
-
-/// The fork that the record creates, empty (`xl_smgr_create`): blocks of an earlier relation of that number are gone.
-pub fn creation_of(record: &Record) -> Option<(RelFileLocator, Fork)> {
-    const XLOG_SMGR_CREATE: u8 = 0x10;
-    if record.info.rmgr != rmgr::SMGR || record.info.info & 0xF0 != XLOG_SMGR_CREATE {
-        return None;
-    }
-    let word = |at: usize| {
-        let bytes = record.main_data().get(at..at + 4)?;
-        Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-    };
-    let relation = RelFileLocator { tablespace: word(0)?, database: word(4)?, relation: word(8)? };
-    let fork = match word(12)? {
-        0 => Fork::Main,
-        1 => Fork::FreeSpaceMap,
-        2 => Fork::VisibilityMap,
-        3 => Fork::Init,
-        _ => return None,
-    };
-    Some((relation, fork))
 }

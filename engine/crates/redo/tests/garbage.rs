@@ -4,7 +4,7 @@
 
 use pgtypes::{Lsn, PgTimeline, SystemId};
 use proptest::{collection::vec, prelude::*};
-use redo::{Context, PAGE_BYTES, Page, apply, blocks_of, mask};
+use redo::{Context, PAGE_BYTES, Page, apply, blocks_of, events_of, mask};
 use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RecordSpec, Scanner, WalWriter};
 
 const SEGMENT_BYTES: u64 = 1 << 20;
@@ -91,6 +91,7 @@ proptest! {
         let blocks: Vec<_> =
             blocks.into_iter().zip(0..).map(|((will_init, block, bytes), id)| (id, will_init, block, bytes)).collect();
         let Some(record) = record(rmgr, info, &blocks, &main) else { return Ok(()) };
+        let _ = events_of(&record).count();
         for touch in blocks_of(&record) {
             let mut page = page.clone();
             let _ = apply(&record, &touch, &mut page, &Context { hint_bits_logged });

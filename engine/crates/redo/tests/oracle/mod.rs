@@ -13,9 +13,7 @@ use std::{
 
 use damage::{Random, try_damaged};
 use pgtypes::{Lsn, PgTimeline};
-use redo::{
-    Applied, BlockTag, Context, PAGE_BYTES, Page, Reason, RedoError, apply, blocks_of, creation_of, mask, truncation_of,
-};
+use redo::{Applied, BlockTag, Context, Event, PAGE_BYTES, Page, Reason, RedoError, apply, blocks_of, events_of, mask};
 use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RelFileLocator, Scanner, restore_image, rmgr_name};
 
 /// Mismatches that are described before the rest is only counted.
@@ -93,6 +91,8 @@ pub struct Oracle {
     /// Records.
     pub records: u64,
     pub implied: u64,
+    /// Of whole relations and databases.
+    pub events: BTreeMap<&'static str, u64>,
     pub faults: u64,
     /// Pages of each resource manager with a byte changed on purpose: how many, and how many of them were found.
     pub flipped: BTreeMap<u8, (u64, u64)>,
@@ -115,6 +115,7 @@ impl Oracle {
             unsupported: BTreeMap::new(),
             records: 0,
             implied: 0,
+            events: BTreeMap::new(),
             faults: 0,
             flipped: BTreeMap::new(),
             random: Random(1),
@@ -141,15 +142,8 @@ impl Oracle {
         self.pages.retain(|tag, _| tag.relation != relation || tag.fork != fork || tag.block < blocks);
     }
 
-    /// `XLOG_DBASE_CREATE_FILE_COPY`: all files of a database, as they are at this moment.
-    fn copy_database(&mut self, record: &Record) {
-        const DBASE: u8 = 4;
-        const CREATE_FILE_COPY: u8 = 0x00;
-        if record.info.rmgr != DBASE || record.info.info & 0xF0 != CREATE_FILE_COPY {
-            return;
-        }
-        let word = |at: usize| u32::from_le_bytes(record.main_data()[at..at + 4].try_into().expect("four bytes"));
-        let (to, from) = (word(0), word(8));
+    /// All files of a database, as they are at this moment.
+    fn copy_database(&mut self, to: u32, from: u32) {
         self.copies.insert(to, from);
         let copied: Vec<_> = self
             .pages
@@ -175,12 +169,28 @@ impl Oracle {
         self.cut.extend(cut);
     }
 
+    fn drop_database(&mut self, database: u32) {
+        self.pages.retain(|tag, _| tag.relation.database != database);
+        self.cut.retain(|(relation, _), _| relation.database != database);
+    }
+
     pub fn replay(&mut self, record: &Record) {
         self.records += 1;
-        if let Some((relation, fork)) = creation_of(record) {
-            self.cut(relation, fork, 0);
+        for event in events_of(record) {
+            match event {
+                Event::CreateFork(relation, fork) => self.cut(relation, fork, 0),
+                Event::DropRelation(relation) => {
+                    for fork in [Fork::Main, Fork::FreeSpaceMap, Fork::VisibilityMap, Fork::Init] {
+                        self.cut(relation, fork, 0);
+                    }
+                }
+                Event::CopyDatabase { to, from } => self.copy_database(to.database, from.database),
+                Event::DropDatabase(database) => self.drop_database(database.database),
+                // After the record's other effects, one of which is on a block that stays.
+                Event::Truncate(_) | Event::CreateDatabase(_) => {}
+            }
+            *self.events.entry(name_of_event(&event)).or_default() += 1;
         }
-        self.copy_database(record);
         let rmgr = record.info.rmgr;
         let kind = (rmgr, record.info.info & 0xF0);
         if self.records.is_multiple_of(DAMAGED_EVERY) && !record.blocks.is_empty() {
@@ -219,7 +229,8 @@ impl Oracle {
             }
             self.pages.insert(touch.tag, held);
         }
-        if let Some(truncation) = truncation_of(record) {
+        for event in events_of(record) {
+            let Event::Truncate(truncation) = event else { continue };
             if truncation.main {
                 self.cut(truncation.relation, Fork::Main, truncation.heap_blocks);
             }
@@ -277,7 +288,10 @@ impl Oracle {
             if held.unsupported || !is_known || tag.fork == Fork::FreeSpaceMap {
                 continue;
             }
-            let Some(mut theirs) = files.page(*tag) else { continue };
+            let Some(mut theirs) = files.page(*tag) else {
+                faults.push(format!("{tag:?}, last changed by {}, is in no file", name_of(held.rmgr)));
+                continue;
+            };
             if held.hollow {
                 keep_common_bits(&held.page, &mut theirs);
             }
@@ -305,6 +319,7 @@ impl Oracle {
             "{} records, {} implied blocks, {} refused of those that were damaged\n",
             self.records, self.implied, self.refused
         );
+        writeln!(text, "{:?}", self.events).expect("a string grows");
         for (what, counts) in
             [("compared", &self.compared), ("restored", &self.restored), ("unsupported", &self.unsupported)]
         {
@@ -341,6 +356,17 @@ fn is_remade(record: &Record, reason: Reason) -> bool {
         .iter()
         .filter(|block| block.id == id)
         .any(|block| block.will_init || record.block_image(block).is_some_and(|image| image.apply))
+}
+
+fn name_of_event(event: &Event) -> &'static str {
+    match event {
+        Event::CreateFork(..) => "create fork",
+        Event::Truncate(_) => "truncate",
+        Event::DropRelation(_) => "drop relation",
+        Event::CopyDatabase { .. } => "copy database",
+        Event::CreateDatabase(_) => "create database",
+        Event::DropDatabase(_) => "drop database",
+    }
 }
 
 fn name_of(rmgr: u8) -> &'static str {
