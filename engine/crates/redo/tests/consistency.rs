@@ -343,11 +343,43 @@ fn pages_of_a_server_without_checksums_and_with_images_are_the_same() {
     assert!(oracle.compared.contains_key(&(9, 0x40)), "no page was marked as visible");
 }
 
-/// PostgreSQL's own regression suite, when `LAKEBASE_TEST_REGRESS` names a directory with `regress/` in it: some minutes.
+/// Runs one of PostgreSQL's own suites. A test that fails leaves WAL like any other; that the suite ran is what counts.
+fn run_suite(postgres: &Postgres, directory: &Path, suites: &Path, name: &str, program: &str, passed_min: usize) {
+    let suite = suites.join(name);
+    let results = directory.join(format!("{name}-results"));
+    fs::create_dir_all(results.join("results")).expect("a new directory");
+    output(Command::new("chmod").args(["-R", "777"]).arg(&results));
+    let postgres_program = postgres.tool("postgres");
+    let bin = Path::new(postgres_program.get_program()).parent().expect("a directory");
+    let schedule = ["parallel_schedule", "isolation_schedule"].map(|name| suite.join(name));
+    let schedule = schedule.iter().find(|schedule| schedule.exists()).expect("a schedule");
+    let mut command = Command::new(suite.join(program));
+    // The tester of the isolation suite is looked for on PATH.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.current_dir(&results).env("PATH", format!("{}:{path}", suite.display()));
+    for (option, path) in [
+        ("--bindir", bin),
+        ("--host", directory),
+        ("--inputdir", &suite),
+        ("--expecteddir", &suite),
+        ("--dlpath", &suite),
+        ("--outputdir", &results),
+        ("--schedule", schedule),
+    ] {
+        command.arg(format!("{option}={}", path.display()));
+    }
+    let ran = command.args(["--user=postgres", "--max-concurrent-tests=20"]).output().expect("the suite starts");
+    let text = String::from_utf8_lossy(&ran.stdout);
+    let passed = text.lines().filter(|line| line.starts_with("ok ")).count();
+    println!("{name}: {passed} tests passed");
+    assert!(passed >= passed_min, "{text}{}", String::from_utf8_lossy(&ran.stderr));
+}
+
+/// PostgreSQL's own suites, when `LAKEBASE_TEST_SUITES` names a directory with `regress/` and `isolation/` in it: some
+/// minutes, and 5 GB in the directory for temporary files.
 #[test]
-fn pages_of_the_regression_suite_are_the_same() {
-    let Some(suites) = std::env::var_os("LAKEBASE_TEST_REGRESS") else { return };
-    let suite = Path::new(&suites).join("regress");
+fn pages_of_the_suites_of_postgresql_are_the_same() {
+    let Some(suites) = std::env::var_os("LAKEBASE_TEST_SUITES") else { return };
     let postgres = Postgres::find();
     let directory = postgres.directory();
     let mut server = postgres.initdb(&directory, "data", &["--data-checksums"]);
@@ -359,29 +391,8 @@ fn pages_of_the_regression_suite_are_the_same() {
     let (start, base) = (start_lsn(&server), directory.0.join("base"));
     copy_base(&server, &base);
     server.start();
-    let results = directory.0.join("results");
-    fs::create_dir_all(results.join("results")).expect("a new directory");
-    output(Command::new("chmod").args(["-R", "777"]).arg(&results));
-    let program = postgres.tool("postgres");
-    let bin = Path::new(program.get_program()).parent().expect("a directory").to_owned();
-    let mut regress = Command::new(suite.join("pg_regress"));
-    regress.current_dir(&results).env("PGUSER", "postgres").env("PGHOST", &directory.0);
-    for (option, path) in [
-        ("--bindir", &bin),
-        ("--host", &directory.0),
-        ("--inputdir", &suite),
-        ("--expecteddir", &suite),
-        ("--dlpath", &suite),
-        ("--outputdir", &results),
-        ("--schedule", &suite.join("parallel_schedule")),
-    ] {
-        regress.arg(format!("{option}={}", path.display()));
-    }
-    // A test that fails leaves WAL like any other; that the suite ran is what counts.
-    let ran = regress.args(["--user=postgres", "--max-concurrent-tests=20"]).output().expect("pg_regress starts");
-    let passed = String::from_utf8_lossy(&ran.stdout).lines().filter(|line| line.starts_with("ok ")).count();
-    println!("{passed} tests passed");
-    assert!(passed > 200, "{}", String::from_utf8_lossy(&ran.stdout));
+    run_suite(&postgres, &directory.0, Path::new(&suites), "regress", "pg_regress", 200);
+    run_suite(&postgres, &directory.0, Path::new(&suites), "isolation", "pg_isolation_regress", 100);
     server.stop("fast");
 
     let oracle = judge(&server, &base, start, true);

@@ -2,39 +2,12 @@
 //!
 //! A record comes from a peer and a page from a disk; redo of one page must not end a page server.
 
-use pgtypes::{Lsn, PgTimeline, SystemId};
+mod records;
+
 use proptest::{collection::vec, prelude::*};
+use records::{Block, record};
 use redo::{Context, PAGE_BYTES, Page, apply, blocks_of, events_of, mask};
-use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RecordSpec, Scanner, WalWriter};
-
-const SEGMENT_BYTES: u64 = 1 << 20;
-
-/// A record as PostgreSQL lays it out, with these blocks; none when the decoder knows that its kind has no blocks.
-fn record(rmgr: u8, info: u8, blocks: &[(u8, bool, u32, Vec<u8>)], main: &[u8]) -> Option<Record> {
-    const HAS_DATA: u8 = 0x20;
-    const WILL_INIT: u8 = 0x40;
-    let (mut payload, mut data) = (Vec::<u8>::new(), Vec::<u8>::new());
-    for (id, will_init, block, bytes) in blocks {
-        let flags = if bytes.is_empty() { 0 } else { HAS_DATA } | if *will_init { WILL_INIT } else { 0 };
-        payload.extend([*id, flags]);
-        payload.extend((bytes.len() as u16).to_le_bytes());
-        for word in [1663, 5, 16384, *block] {
-            payload.extend(u32::to_le_bytes(word));
-        }
-        data.extend(bytes);
-    }
-    payload.push(254);
-    payload.extend((main.len() as u32).to_le_bytes());
-    payload.extend(data);
-    payload.extend(main);
-
-    let mut writer = WalWriter::new(Lsn(SEGMENT_BYTES), Lsn(0), SEGMENT_BYTES, SystemId(1), PgTimeline(1));
-    writer.append(RecordSpec { rmgr, info, xid: 700, payload: &payload });
-    let scanner = Scanner::at_segment_start(Lsn(SEGMENT_BYTES), SEGMENT_BYTES, 3, PgTimeline(1));
-    let mut decoder = Decoder::new(scanner, RECORD_BYTES_MAX);
-    decoder.feed(writer.bytes()).ok()?;
-    decoder.poll_record()
-}
+use wal::Fork;
 
 /// Small numbers are what gets past the first checks.
 fn bytes(length_max: usize) -> impl Strategy<Value = Vec<u8>> {
@@ -88,8 +61,11 @@ proptest! {
         page in pages(),
         hint_bits_logged: bool,
     ) {
-        let blocks: Vec<_> =
-            blocks.into_iter().zip(0..).map(|((will_init, block, bytes), id)| (id, will_init, block, bytes)).collect();
+        let blocks: Vec<_> = blocks
+            .into_iter()
+            .zip(0..)
+            .map(|((will_init, block, data), id)| Block { id, will_init, block, data })
+            .collect();
         let Some(record) = record(rmgr, info, &blocks, &main) else { return Ok(()) };
         let _ = events_of(&record).count();
         for touch in blocks_of(&record) {
