@@ -135,6 +135,9 @@ const HEAP: &str = "
     begin; insert into copied values (-1, 'aborted'); rollback;
     begin; update copied set t = 'prepared' where i < 10; prepare transaction 'p';
     commit prepared 'p';
+    begin; update t set t = 'first' where i = 1; prepare transaction 'q';
+    begin; select i from t where i = 1 for key share; commit;
+    commit prepared 'q';
     create table toasted (t text);
     alter table toasted alter t set storage external;
     insert into toasted select repeat(g::text, 5000) from generate_series(1, 20) g;
@@ -255,19 +258,6 @@ const INDEXES: &str = "
     vacuum texts;
 ";
 
-/// Two sessions: locks of rows that others updated, and of many at once.
-fn lock_updated_rows(server: &Server<'_>) {
-    let mut first = server.client("psql");
-    let sql = "begin; update t set t = 'first' where i = 1; select pg_sleep(0.7); commit;";
-    let mut first =
-        first.args(["-X", "-q", "-c", sql]).stdout(std::process::Stdio::null()).spawn().expect("psql starts");
-    // A repeatable-read snapshot from before an update by another transaction locks the later version, too.
-    server.script(
-        "select pg_sleep(0.2); begin; select i from t where i = 1 for key share; select i from t where i = 1 for key share; commit;",
-    );
-    first.wait().expect("psql ends");
-}
-
 fn start_lsn(server: &Server<'_>) -> Lsn {
     server.control_data().get("Latest checkpoint location").parse().expect("a position")
 }
@@ -309,7 +299,6 @@ fn pages_of_a_server_are_the_same() {
     output(server.client("pgbench").args(["--client=4", "--transactions=200"]));
     server.script(HEAP);
     server.script(INDEXES);
-    lock_updated_rows(&server);
     server.stop("fast");
 
     let oracle = judge(&server, &base, start, true);
@@ -341,6 +330,31 @@ fn pages_of_a_server_without_checksums_and_with_images_are_the_same() {
 
     assert!(oracle.restored.keys().any(|(rmgr, _)| *rmgr == 10), "no heap page came as an image");
     assert!(oracle.compared.contains_key(&(9, 0x40)), "no page was marked as visible");
+}
+
+/// Hint bits are logged as page images, once per page and checkpoint.
+#[test]
+fn pages_of_a_server_with_images_for_hints_are_the_same() {
+    let postgres = Postgres::find();
+    let directory = postgres.directory();
+    let mut server = postgres.initdb(&directory, "data", &["--data-checksums"]);
+    server.append_configuration(SETTINGS);
+    server.append_configuration("full_page_writes = on\n");
+    let (start, base) = (start_lsn(&server), directory.0.join("base"));
+    copy_base(&server, &base);
+    server.start();
+    server.script(
+        "create table hinted as select g i, repeat('x', 300) t from generate_series(1, 4000) g;
+        checkpoint;
+        select count(*) from hinted;
+        update hinted set t = 'y' where i % 3 = 0;
+        vacuum freeze;",
+    );
+    server.stop("fast");
+
+    let oracle = judge(&server, &base, start, true);
+
+    assert!(oracle.restored.contains_key(&(0, 0xA0)), "no image for a hint");
 }
 
 /// Runs one of PostgreSQL's own suites. A test that fails leaves WAL like any other; that the suite ran is what counts.
@@ -376,7 +390,7 @@ fn run_suite(postgres: &Postgres, directory: &Path, suites: &Path, name: &str, p
 }
 
 /// PostgreSQL's own suites, when `LAKEBASE_TEST_SUITES` names a directory with `regress/` and `isolation/` in it: some
-/// minutes, and 5 GB in the directory for temporary files.
+/// minutes, and 7 GB in the directory for temporary files.
 #[test]
 fn pages_of_the_suites_of_postgresql_are_the_same() {
     let Some(suites) = std::env::var_os("LAKEBASE_TEST_SUITES") else { return };
