@@ -1,8 +1,9 @@
 //! Replays WAL records on pages, one page at a time, as PostgreSQL 17's recovery does.
 //!
 //! [`blocks_of`] names the blocks that a record touches, [`apply`] does to one page what the record says, and [`events_of`]
-//! names what happens to whole relations and databases. All are functions of their arguments: nothing here knows where pages come from, in which order shards see records, or what
-//! time it is. [`mask`] forgets what may differ between two correct copies of a page.
+//! names what happens to whole relations and databases. All are functions of their arguments: nothing here knows where
+//! pages come from, in which order shards see records, or what time it is. [`mask`] forgets what may differ between two
+//! correct copies of a page. Nothing is allocated, except by the decompression of page images.
 //!
 //! Done are all resource managers of PostgreSQL 17 whose records refer to blocks: XLOG (page images), Heap, Heap2, Btree,
 //! Hash, Gin, Gist, Sequence, SPGist, BRIN and Generic, and the visibility map, which records also change by implication.

@@ -1,7 +1,7 @@
 //! Which blocks a record touches: those that it refers to, and those that it only implies.
 //!
 //! Knows nothing about pages. The free-space map is advisory: what PostgreSQL's recovery notes in it about pages that
-//! it happens to hold is not replayed (`docs/glossary.md`).
+//! it happens to hold is not replayed, nor is the tail of its last page cleared by a truncation. Read next: `event.rs`.
 
 use wal::{BlockRef, Fork, Record, RelFileLocator, rmgr};
 
