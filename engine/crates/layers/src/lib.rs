@@ -1,0 +1,35 @@
+//! Layers: how a page server keeps what WAL did to pages, so that any page can be had as of any position.
+//!
+//! Values (WAL records, page images) come into an [`OpenLayer`]; frozen, it becomes a *delta layer* file. *Image layers*
+//! hold all pages of a range of keys at one LSN. The [`LayerMap`] knows the live ones, and with their indexes in memory
+//! plans a read to the byte ([`LayerMap::plan_read`]).
+//!
+//! Knows nothing about files, object stores, clocks, or what a record does to a page. Bytes: `docs/formats/layers.md`.
+//! Read next: `key.rs`, `map.rs`, `plan.rs`.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod block;
+mod error;
+mod format;
+mod identity;
+mod index;
+mod key;
+mod map;
+mod open;
+mod plan;
+mod writer;
+
+pub use error::{LayerError, PutError};
+pub use format::{ByteRange, HEADER_BYTES, LayerFile, TRAILER_BYTES, VERSION};
+pub use identity::{
+    Entry, LayerDescription, LayerId, LayerIdentity, LayerKind, LsnRange, ShardGeneration, ShardId, ValueKind,
+};
+pub use index::{Index, VALUES_MAX, ValueEntry};
+pub use key::{HashRange, KEY_BYTES, Key, KeyKind, KeyRange, Metadata, Slru, Striping, UnknownKey, stripe_hash};
+pub use map::{Edit, LayerMap, MapError};
+pub use open::{OpenLayer, OpenValue};
+pub use plan::{Indexes, PlanError, PlannedRead, ReadPlan};
+pub use writer::{FinishedLayer, LayerWriter, VALUE_BYTES_MAX};

@@ -1,0 +1,149 @@
+//! A page server in memory around the crate: layer files as byte vectors, and a redo that appends.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+
+use layers::{
+    Edit, FinishedLayer, HEADER_BYTES, HashRange, Index, Indexes, Key, LayerFile, LayerId, LayerIdentity, LayerMap,
+    LayerWriter, OpenLayer, PlanError, ShardGeneration, ShardId, Striping, TRAILER_BYTES, ValueKind,
+};
+use pgtypes::{BranchId, ClusterId, LogId, Lsn};
+use wal::{Fork, RelFileLocator};
+
+/// Where the history of these tests begins: an import.
+pub const ORIGIN: Lsn = Lsn(100);
+
+/// A page of the toy redo: `None` where nothing is.
+pub type Page = Option<Vec<u8>>;
+
+/// What a value does to a page.
+pub fn redo(page: Page, kind: ValueKind, value: &[u8]) -> Page {
+    match kind {
+        ValueKind::Absent => None,
+        ValueKind::Image | ValueKind::InitRecord => Some(value.to_vec()),
+        ValueKind::Record => {
+            let mut page = page.unwrap_or_default();
+            page.extend_from_slice(value);
+            Some(page)
+        }
+    }
+}
+
+/// Block `number` of relation `number % 5`, spread over the hash space.
+pub fn key(number: u32) -> Key {
+    let relation = RelFileLocator { tablespace: 1663, database: 5, relation: 16384 + number % 5 };
+    Striping { stripe_blocks: 4 }.block(relation, Fork::Main, number)
+}
+
+/// Indexes in memory.
+#[derive(Default)]
+pub struct IndexMap(pub BTreeMap<LayerId, Index>);
+
+impl Indexes for IndexMap {
+    fn index(&self, layer: LayerId) -> Option<&Index> {
+        self.0.get(&layer)
+    }
+}
+
+/// A shard.
+pub struct Shard {
+    pub map: LayerMap,
+    pub open: OpenLayer,
+    pub indexes: IndexMap,
+    pub files: BTreeMap<LayerId, Vec<u8>>,
+    pub next_number: u64,
+}
+
+/// Identity of layer `number` of the one shard of these tests.
+pub fn identity(number: u64) -> LayerIdentity {
+    let log = LogId { cluster: ClusterId([1; 16]), branch: BranchId([2; 16]) };
+    let id = LayerId { shard: ShardId(3), generation: ShardGeneration(4), number };
+    LayerIdentity { log, id, stripe_blocks: 4 }
+}
+
+/// Reads a file as a page server does: header and trailer, then the index.
+pub fn open_file(bytes: &[u8]) -> Result<(LayerFile, Index), layers::LayerError> {
+    let header = &bytes[..HEADER_BYTES.min(bytes.len())];
+    let trailer = &bytes[bytes.len().saturating_sub(TRAILER_BYTES)..];
+    let file = LayerFile::decode(header, trailer, bytes.len() as u64)?;
+    let at = file.index.offset as usize;
+    let index = Index::decode(&file, &bytes[at..at + file.index.bytes as usize])?;
+    Ok((file, index))
+}
+
+impl Shard {
+    /// A shard with all keys and an empty image at [`ORIGIN`].
+    pub fn new() -> Shard {
+        let keys = HashRange::ALL.keys();
+        let mut shard = Shard {
+            map: LayerMap::new(keys, ORIGIN),
+            open: OpenLayer::new(keys, ORIGIN),
+            indexes: IndexMap::default(),
+            files: BTreeMap::new(),
+            next_number: 1,
+        };
+        let identity = shard.new_identity();
+        let writer = LayerWriter::image(identity, keys.begin, ORIGIN);
+        let layer = shard.keep(Vec::new(), writer.finish(keys.end).unwrap());
+        shard.map.apply(&Edit { remove: vec![], add: vec![layer] }).unwrap();
+        shard
+    }
+
+    pub fn new_identity(&mut self) -> LayerIdentity {
+        self.next_number += 1;
+        identity(self.next_number - 1)
+    }
+
+    /// Stores a finished layer, and reads it back.
+    pub fn keep(&mut self, mut bytes: Vec<u8>, finished: FinishedLayer) -> layers::LayerDescription {
+        bytes.extend_from_slice(&finished.output);
+        let (file, index) = open_file(&bytes).unwrap();
+        assert_eq!((finished.file, &finished.index), (file, &index));
+        let description = file.description;
+        assert_eq!(bytes.len() as u64, description.file_bytes);
+        self.indexes.0.insert(description.id, index);
+        self.files.insert(description.id, bytes);
+        description
+    }
+
+    pub fn freeze(&mut self) {
+        let identity = self.new_identity();
+        let Some((mut writer, next)) = self.open.freeze(identity) else { return };
+        let mut bytes = Vec::new();
+        for (key, value) in self.open.values() {
+            writer.push(key, value.lsn, value.kind, &value.value).unwrap();
+            bytes.extend(writer.take_output());
+        }
+        let layer = self.keep(bytes, writer.finish(self.map.keys().end).unwrap());
+        self.map.apply(&Edit { remove: vec![], add: vec![layer] }).unwrap();
+        self.open = next;
+    }
+
+    /// A page as GetPage answers it: the open layer, then the map.
+    pub fn read(&self, key: Key, lsn: Lsn) -> Result<Page, PlanError> {
+        if lsn < self.map.horizon() {
+            return Err(PlanError::BelowHorizon { lsn, horizon: self.map.horizon() });
+        }
+        let (newest, started) = self.open.read(key, lsn);
+        let mut values: Vec<_> = newest.into_iter().map(|value| (value.kind, value.value.clone())).collect();
+        if !started {
+            values.extend(self.read_layers(key, lsn.min(self.open.lsns().after))?);
+        }
+        Ok(values.into_iter().rev().fold(None, |page, (kind, value)| redo(page, kind, &value)))
+    }
+
+    /// The values that the map plans, newest first.
+    pub fn read_layers(&self, key: Key, lsn: Lsn) -> Result<Vec<(ValueKind, Vec<u8>)>, PlanError> {
+        let plan = self.map.plan_read(key, lsn, Lsn::INVALID, &self.indexes)?;
+        let mut values = Vec::new();
+        for read in &plan.reads {
+            let index = &self.indexes.0[&read.layer];
+            let at = read.place.offset as usize;
+            let bytes = &self.files[&read.layer][at..at + read.place.bytes as usize];
+            let block = index.decode_block(read.block, bytes).unwrap();
+            values.extend(read.values.iter().map(|v| (v.kind, index.value(v, &block).unwrap().to_vec())));
+        }
+        Ok(values)
+    }
+}
