@@ -88,9 +88,15 @@ impl LayerMap {
         self.horizon
     }
 
-    /// Gives up what is older: only then garbage collection finds layers to remove. It never goes back.
+    /// Gives up what is older: only then [`crate::collect`] finds layers to remove. It never goes back, and stays at or
+    /// before the end of the layers, from where reads of later positions go on.
     pub fn raise_horizon(&mut self, horizon: Lsn) {
-        self.horizon = self.horizon.max(horizon);
+        self.horizon = self.horizon.max(horizon.min(self.through()));
+    }
+
+    /// The last position that a layer answers for.
+    pub fn through(&self) -> Lsn {
+        self.layers.values().map(|layer| layer.lsns.through).max().unwrap_or(self.horizon)
     }
 
     /// All layers: with [`LayerMap::horizon`] what a manifest holds.
@@ -180,5 +186,18 @@ impl LayerMap {
     pub(crate) fn partition_of(&self, key: Key) -> Option<&Partition> {
         let partition = self.partitions.range(..=key).next_back().map(|(_, partition)| partition);
         partition.filter(|_| self.keys.contains(key))
+    }
+
+    /// All partitions with their keys, in order.
+    pub(crate) fn partitions(&self) -> impl Iterator<Item = (KeyRange, &Partition)> + '_ {
+        let ends = self.partitions.keys().skip(1).copied().chain([self.keys.end]);
+        self.partitions.iter().zip(ends).map(|((begin, partition), end)| (KeyRange { begin: *begin, end }, partition))
+    }
+
+    /// The partitions that have keys of `keys`, in order.
+    pub(crate) fn partitions_in(&self, keys: KeyRange) -> impl Iterator<Item = &Partition> + '_ {
+        let first = self.partitions.range(..=keys.begin).next_back().map_or(keys.begin, |(key, _)| *key);
+        let keys = if first < keys.end { first..keys.end } else { keys.end..keys.end };
+        self.partitions.range(keys).map(|(_, partition)| partition)
     }
 }

@@ -81,10 +81,19 @@ impl LayerMap {
     /// # Errors
     /// See [`PlanError`]; of them only `IndexNeeded` passes by itself.
     pub fn plan_read(&self, key: Key, lsn: Lsn, floor: Lsn, indexes: &impl Indexes) -> Result<ReadPlan, PlanError> {
-        let partition = self.partition_of(key).ok_or(PlanError::OtherShard)?;
         if lsn < self.horizon() {
             return Err(PlanError::BelowHorizon { lsn, horizon: self.horizon() });
         }
+        self.plan_kept(key, lsn, floor, indexes)
+    }
+
+    /// [`LayerMap::plan_read`] below the horizon, too: for compaction, which reads at or above a tile's newest image.
+    /// What is above that is never collected.
+    ///
+    /// # Errors
+    /// As [`LayerMap::plan_read`]. Below the newest image layers may be missing, or values left out ([`crate::Retain`]).
+    pub fn plan_kept(&self, key: Key, lsn: Lsn, floor: Lsn, indexes: &impl Indexes) -> Result<ReadPlan, PlanError> {
+        let partition = self.partition_of(key).ok_or(PlanError::OtherShard)?;
         let mut plan = ReadPlan { reads: Vec::new(), starts_page: false, layers_visited: 0 };
         let mut cursor = lsn;
         while cursor > floor {

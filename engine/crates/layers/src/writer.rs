@@ -8,7 +8,7 @@ use crate::{
     block,
     error::PutError,
     format::{ByteRange, HEADER_BYTES, LayerFile, TRAILER_BYTES, encode_header, encode_trailer},
-    identity::{LayerDescription, LayerIdentity, LayerKind, LsnRange, ValueKind},
+    identity::{LayerDescription, LayerId, LayerIdentity, LayerKind, LsnRange, ValueKind},
     index::{Index, VALUES_MAX},
     key::{Key, KeyRange},
 };
@@ -131,6 +131,16 @@ impl LayerWriter {
     /// Length of the file so far, without its index; what decides when to begin the next.
     pub fn bytes(&self) -> u64 {
         self.offset + self.block.len() as u64
+    }
+
+    /// Which layer it writes.
+    pub fn id(&self) -> LayerId {
+        self.identity.id
+    }
+
+    /// Whether it takes no more values.
+    pub fn is_full(&self) -> bool {
+        self.index.value_count() == VALUES_MAX
     }
 
     /// The key of the last value.

@@ -1,21 +1,26 @@
 //! Whatever a shard does with its layers, it answers as a map of (key, LSN) does.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod support;
 
 use std::collections::BTreeMap;
 
-use layers::{Key, ValueKind};
+use layers::{Key, LayerDescription, LayerKind, Limits, ValueKind};
 use pgtypes::Lsn;
 use proptest::prelude::*;
 use support::{ORIGIN, Page, Shard, key, redo};
 
 const KEYS: u32 = 24;
 
+const LIMITS: Limits = Limits { level0_max: 2, bands_max: 2, chain_max: 4, merge_layers_max: 5 };
+
 #[derive(Clone, Debug)]
 enum Step {
     Put { key: u32, kind: ValueKind, value: Vec<u8>, lsn_step: u64 },
     Idle(u64),
     Freeze,
+    Compact,
+    Collect { behind: u64 },
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -32,7 +37,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         let value = (0..length).map(|at| byte.wrapping_mul(at as u8 | 1)).collect();
         Step::Put { key: if key < KEYS { key } else { 0 }, kind, value, lsn_step }
     });
-    prop_oneof![30 => put, 1 => (1..50u64).prop_map(Step::Idle), 3 => Just(Step::Freeze)]
+    prop_oneof![30 => put, 1 => (1..50u64).prop_map(Step::Idle), 6 => Just(Step::Freeze), 4 => Just(Step::Compact), 1 => (0..60u64).prop_map(|behind| Step::Collect { behind })]
 }
 
 #[derive(Default)]
@@ -53,11 +58,32 @@ impl Model {
     }
 }
 
+fn compact_all(shard: &mut Shard) {
+    let rounds = (0..1000).take_while(|_| shard.compact(&LIMITS)).count();
+    assert!(rounds < 1000, "compaction does not come to an end");
+}
+
+/// What [`Limits`] promise of any read.
+fn check_bounds(shard: &Shard) {
+    let is_level0 = |layer: &&LayerDescription| layer.kind == LayerKind::Delta && layer.level == 0;
+    let frozen = shard.open.lsns().after;
+    let compacted = shard.map.layers().filter(is_level0).map(|layer| layer.lsns.after).min().unwrap_or(frozen);
+    for key in (0..KEYS).map(key) {
+        for lsn in (shard.map.horizon().0..=frozen.0).map(Lsn) {
+            let plan = shard.map.plan_read(key, lsn, Lsn::INVALID, &shard.indexes).unwrap();
+            assert!(plan.layers_visited <= LIMITS.level0_max + LIMITS.bands_max + 1, "{plan:?}");
+            if lsn <= compacted {
+                assert!(plan.value_count() <= LIMITS.chain_max as usize, "{plan:?}");
+            }
+        }
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_read_at_every_kept_position_is_answered_as_by_a_map(steps in prop::collection::vec(any_step(), 1..150)) {
+    fn every_read_at_every_kept_position_is_answered_as_by_a_map(steps in prop::collection::vec(any_step(), 1..400)) {
         let (mut shard, mut model) = (Shard::new(), Model::default());
         let mut lsn = ORIGIN;
         for step in steps {
@@ -77,8 +103,14 @@ proptest! {
                     shard.open.advance(lsn);
                 }
                 Step::Freeze => shard.freeze(),
+                Step::Compact => drop(shard.compact(&LIMITS)),
+                Step::Collect { behind } => drop(shard.collect(Lsn(lsn.0.saturating_sub(behind)))),
             }
         }
         model.check(&shard);
+        compact_all(&mut shard);
+        shard.collect(ORIGIN);
+        model.check(&shard);
+        check_bounds(&shard);
     }
 }

@@ -2,17 +2,22 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use layers::{
-    Edit, FinishedLayer, HEADER_BYTES, HashRange, Index, Indexes, Key, LayerFile, LayerId, LayerIdentity, LayerMap,
-    LayerWriter, OpenLayer, PlanError, ShardGeneration, ShardId, Striping, TRAILER_BYTES, ValueKind,
+    Choice, Edit, Entry, FinishedLayer, HEADER_BYTES, HashRange, Index, Indexes, Key, LayerDescription, LayerError,
+    LayerFile, LayerId, LayerIdentity, LayerMap, LayerOutput, LayerWriter, Limits, Merge, OpenLayer, PlanError,
+    ReadPlan, Retain, ShardGeneration, ShardId, Split, SplitWriter, Striping, TRAILER_BYTES, ValueKind, choose,
+    collect, image_keys,
 };
 use pgtypes::{BranchId, ClusterId, LogId, Lsn};
 use wal::{Fork, RelFileLocator};
 
 /// Where the history of these tests begins: an import.
 pub const ORIGIN: Lsn = Lsn(100);
+
+/// Records make pages no longer than this.
+const PAGE_BYTES_MAX: usize = 1024;
 
 /// A page of the toy redo: `None` where nothing is.
 pub type Page = Option<Vec<u8>>;
@@ -25,6 +30,7 @@ pub fn redo(page: Page, kind: ValueKind, value: &[u8]) -> Page {
         ValueKind::Record => {
             let mut page = page.unwrap_or_default();
             page.extend_from_slice(value);
+            page.drain(..page.len().saturating_sub(PAGE_BYTES_MAX));
             Some(page)
         }
     }
@@ -53,6 +59,10 @@ pub struct Shard {
     pub indexes: IndexMap,
     pub files: BTreeMap<LayerId, Vec<u8>>,
     pub next_number: u64,
+    /// Layers of a row end at this size.
+    pub layer_bytes_target: u64,
+    /// Bytes of all layers that were ever made.
+    pub written_bytes: u64,
 }
 
 /// Identity of layer `number` of the one shard of these tests.
@@ -63,7 +73,7 @@ pub fn identity(number: u64) -> LayerIdentity {
 }
 
 /// Reads a file as a page server does: header and trailer, then the index.
-pub fn open_file(bytes: &[u8]) -> Result<(LayerFile, Index), layers::LayerError> {
+pub fn open_file(bytes: &[u8]) -> Result<(LayerFile, Index), LayerError> {
     let header = &bytes[..HEADER_BYTES.min(bytes.len())];
     let trailer = &bytes[bytes.len().saturating_sub(TRAILER_BYTES)..];
     let file = LayerFile::decode(header, trailer, bytes.len() as u64)?;
@@ -82,6 +92,8 @@ impl Shard {
             indexes: IndexMap::default(),
             files: BTreeMap::new(),
             next_number: 1,
+            layer_bytes_target: 2000,
+            written_bytes: 0,
         };
         let identity = shard.new_identity();
         let writer = LayerWriter::image(identity, keys.begin, ORIGIN);
@@ -96,12 +108,13 @@ impl Shard {
     }
 
     /// Stores a finished layer, and reads it back.
-    pub fn keep(&mut self, mut bytes: Vec<u8>, finished: FinishedLayer) -> layers::LayerDescription {
+    pub fn keep(&mut self, mut bytes: Vec<u8>, finished: FinishedLayer) -> LayerDescription {
         bytes.extend_from_slice(&finished.output);
         let (file, index) = open_file(&bytes).unwrap();
         assert_eq!((finished.file, &finished.index), (file, &index));
         let description = file.description;
         assert_eq!(bytes.len() as u64, description.file_bytes);
+        self.written_bytes += description.file_bytes;
         self.indexes.0.insert(description.id, index);
         self.files.insert(description.id, bytes);
         description
@@ -136,6 +149,10 @@ impl Shard {
     /// The values that the map plans, newest first.
     pub fn read_layers(&self, key: Key, lsn: Lsn) -> Result<Vec<(ValueKind, Vec<u8>)>, PlanError> {
         let plan = self.map.plan_read(key, lsn, Lsn::INVALID, &self.indexes)?;
+        Ok(self.fetch(&plan))
+    }
+
+    fn fetch(&self, plan: &ReadPlan) -> Vec<(ValueKind, Vec<u8>)> {
         let mut values = Vec::new();
         for read in &plan.reads {
             let index = &self.indexes.0[&read.layer];
@@ -144,6 +161,112 @@ impl Shard {
             let block = index.decode_block(read.block, bytes).unwrap();
             values.extend(read.values.iter().map(|v| (v.kind, index.value(v, &block).unwrap().to_vec())));
         }
-        Ok(values)
+        values
+    }
+
+    /// The page for compaction, horizon or not.
+    fn page(&self, key: Key, lsn: Lsn) -> Page {
+        let plan = self.map.plan_kept(key, lsn, Lsn::INVALID, &self.indexes).unwrap();
+        self.fetch(&plan).into_iter().rev().fold(None, |page, (kind, value)| redo(page, kind, &value))
+    }
+
+    /// All entries of a layer, as a compaction reads it: block by block.
+    fn entries(&self, layer: LayerId) -> impl Iterator<Item = Result<Entry, LayerError>> + '_ {
+        let (index, file) = (&self.indexes.0[&layer], &self.files[&layer]);
+        (0..index.block_count()).flat_map(move |number| {
+            let place = index.block_place(number).unwrap();
+            let bytes = &file[place.offset as usize..][..place.bytes as usize];
+            let block = index.decode_block(number, bytes).unwrap();
+            let entries = index.entries_of_block(number).map(|(key, entry)| {
+                let value = index.value(entry, &block).unwrap().to_vec();
+                Ok(Entry { key, lsn: entry.lsn, kind: entry.kind, value })
+            });
+            entries.collect::<Vec<_>>()
+        })
+    }
+
+    /// Does what [`choose`] says, once; false if that is nothing.
+    pub fn compact(&mut self, limits: &Limits) -> bool {
+        let first = identity(self.next_number);
+        match choose(&self.map, limits) {
+            Choice::Nothing => return false,
+            Choice::Merge(task) => {
+                assert!(task.layers.len() > 1);
+                let split =
+                    Split { keys: task.keys, cuts: task.cuts.clone(), layer_bytes_target: self.layer_bytes_target };
+                let mut writer = SplitWriter::deltas(first, split, task.lsns);
+                let merge = Merge::new(task.layers.iter().map(|layer| self.entries(*layer)));
+                let with_images = merge.map(|entry| {
+                    let mut entry = entry?;
+                    let due = task.images_due(&self.map, entry.key, &self.indexes).unwrap();
+                    if due.contains(&entry.lsn) {
+                        (entry.kind, entry.value) = (ValueKind::Image, self.page(entry.key, entry.lsn).unwrap());
+                    }
+                    Ok(entry)
+                });
+                let mut outputs = Vec::new();
+                for entry in Retain::new(with_images, self.map.horizon()) {
+                    let entry: Entry = entry.unwrap_or_else(|error: LayerError| panic!("{error}"));
+                    writer.push(entry.key, entry.lsn, entry.kind, &entry.value).unwrap();
+                    outputs.extend(std::iter::from_fn(|| writer.poll_output()));
+                }
+                outputs.extend(writer.finish().unwrap());
+                let add = self.keep_row(outputs);
+                self.replace(&Edit { remove: task.layers, add });
+            }
+            Choice::Images { keys, lsn } => {
+                let split = Split { keys, cuts: BTreeSet::new(), layer_bytes_target: self.layer_bytes_target };
+                let mut writer = SplitWriter::images(first, split, lsn);
+                let mut outputs = Vec::new();
+                let mut rest = keys;
+                loop {
+                    let some = image_keys(&self.map, rest, lsn, 7, &self.indexes).unwrap();
+                    let Some(last) = some.last() else { break };
+                    rest.begin = last.next();
+                    for key in some {
+                        if let Some(page) = self.page(key, lsn) {
+                            writer.push(key, lsn, ValueKind::Image, &page).unwrap();
+                            outputs.extend(std::iter::from_fn(|| writer.poll_output()));
+                        }
+                    }
+                }
+                outputs.extend(writer.finish().unwrap());
+                let add = self.keep_row(outputs);
+                self.map.apply(&Edit { remove: vec![], add }).unwrap();
+            }
+        }
+        true
+    }
+
+    fn keep_row(&mut self, outputs: Vec<LayerOutput>) -> Vec<LayerDescription> {
+        let mut bytes = Vec::new();
+        let mut layers = Vec::new();
+        for output in outputs {
+            match output {
+                LayerOutput::Bytes(_, more) => bytes.extend(more),
+                LayerOutput::Finished(layer) => {
+                    self.next_number = layer.file.description.id.number + 1;
+                    layers.push(self.keep(std::mem::take(&mut bytes), *layer));
+                }
+            }
+        }
+        assert!(bytes.is_empty());
+        layers
+    }
+
+    /// Gives up positions below `horizon`, and the files that nobody needs then.
+    pub fn collect(&mut self, horizon: Lsn) -> usize {
+        self.map.raise_horizon(horizon);
+        let edit = collect(&self.map);
+        self.replace(&edit);
+        edit.remove.len()
+    }
+
+    fn replace(&mut self, edit: &Edit) {
+        self.map.apply(edit).unwrap();
+        for layer in &edit.remove {
+            self.files.remove(layer).unwrap();
+            self.indexes.0.remove(layer).unwrap();
+        }
     }
 }
