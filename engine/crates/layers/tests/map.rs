@@ -1,5 +1,4 @@
 //! The layer map: what it refuses, and that it never answers "nothing there" for what it does not know.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(dead_code, reason = "each test uses a part of it")]
 mod support;
