@@ -4,7 +4,7 @@
 #[expect(dead_code, reason = "each test uses a part of it")]
 mod support;
 
-use layers::{LayerKind, Limits, ValueKind};
+use layers::{LayerDescription, LayerKind, Limits, ValueKind};
 use pgtypes::Lsn;
 use support::{ORIGIN, Shard, key};
 
@@ -16,6 +16,8 @@ struct Cost {
     layers_visited: f64,
     blocks_read: f64,
     values: f64,
+    /// The same as of the end of the compacted layers, without those of level 0.
+    compacted_blocks_read: f64,
     merges_and_images: usize,
     layers: usize,
     collected: usize,
@@ -54,6 +56,13 @@ fn cost_of(records: u64, limits: &Limits) -> Cost {
         cost.layers_visited += f64::from(plan.layers_visited) / f64::from(KEYS);
         cost.blocks_read += plan.reads.len() as f64 / f64::from(KEYS);
         cost.values += plan.value_count() as f64 / f64::from(KEYS);
+    }
+    let is_compacted = |layer: &&LayerDescription| layer.level > 0;
+    let compacted = shard.map.layers().filter(is_compacted).map(|layer| layer.lsns.through).max().unwrap();
+    for page in 0..KEYS {
+        let plan = shard.map.plan_read(key(page), compacted, Lsn::INVALID, &shard.indexes).unwrap();
+        assert!(plan.value_count() <= limits.chain_max as usize, "{plan:?}");
+        cost.compacted_blocks_read += plan.reads.len() as f64 / f64::from(KEYS);
     }
     cost.layers = shard.map.layers().count();
     cost.file_bytes = shard.files.values().map(Vec::len).sum();

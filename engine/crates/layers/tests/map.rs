@@ -4,8 +4,8 @@
 mod support;
 
 use layers::{
-    Edit, HashRange, Key, KeyRange, LayerDescription, LayerId, LayerKind, LayerMap, LsnRange, MapError, OpenLayer,
-    PlanError, PutError, ValueKind,
+    Edit, HashRange, Key, KeyRange, LayerDescription, LayerId, LayerKind, LayerMap, LayerWriter, LsnRange, MapError,
+    OpenLayer, PlanError, PutError, ValueKind, collect,
 };
 use pgtypes::Lsn;
 use support::{IndexMap, ORIGIN, Shard, identity, key};
@@ -147,4 +147,59 @@ fn an_open_layer_takes_records_in_order_and_of_its_shard() {
     assert_eq!(Err(PutError::OutOfOrder), put(3, 109));
     assert_eq!(2 * (100 + 64), open.bytes());
     assert_eq!(LsnRange { after: Lsn(100), through: Lsn(110) }, open.lsns());
+}
+
+/// An image layer may lie within the positions of a delta layer: what is older is not read.
+#[test]
+fn a_read_ends_at_an_image_within_a_delta_layer() {
+    let mut shard = Shard::new();
+    for lsn in [110, 120, 130] {
+        shard.open.put(key(1), Lsn(lsn), ValueKind::Record, vec![lsn as u8]).unwrap();
+    }
+    shard.freeze();
+    let mut writer = LayerWriter::image(shard.new_identity(), Key::MIN, Lsn(125));
+    writer.push(key(1), Lsn(125), ValueKind::Image, &[110, 120]).unwrap();
+    let bytes = writer.take_output();
+    let layer = shard.keep(bytes, writer.finish(Key::MAX).unwrap());
+    shard.map.apply(&add(&[layer])).unwrap();
+    let values = |lsn| -> Vec<_> {
+        let plan = shard.map.plan_read(key(1), Lsn(lsn), Lsn::INVALID, &shard.indexes).unwrap();
+        plan.reads.iter().flat_map(|read| read.values.iter().map(|value| (value.lsn.0, value.kind))).collect()
+    };
+    assert_eq!(vec![(130, ValueKind::Record), (125, ValueKind::Image)], values(130));
+    assert_eq!(vec![(125, ValueKind::Image)], values(129));
+    assert_eq!(vec![(120, ValueKind::Record), (110, ValueKind::Record)], values(124));
+}
+
+/// Half of a layer's keys may still need it.
+#[test]
+fn a_layer_is_garbage_only_when_images_at_the_horizon_hide_all_of_it() {
+    use LayerKind::{Delta, Image};
+    let (low, high) = (HashRange::even_part(0, 2), HashRange::even_part(1, 2));
+    let mut map = LayerMap::new(KeyRange::ALL, Lsn(100));
+    let deltas = [layer(2, Delta, HashRange::ALL, 100, 200), layer(3, Delta, HashRange::ALL, 200, 300)];
+    map.apply(&add(&[layer(1, Image, HashRange::ALL, 100, 100)])).unwrap();
+    map.apply(&add(&deltas)).unwrap();
+    map.raise_horizon(Lsn(250));
+    assert!(collect(&map).remove.is_empty());
+    map.apply(&add(&[layer(4, Image, low, 200, 200)])).unwrap();
+    assert!(collect(&map).remove.is_empty());
+    map.apply(&add(&[layer(5, Image, high, 251, 251)])).unwrap();
+    assert!(collect(&map).remove.is_empty());
+    map.apply(&add(&[layer(6, Image, high, 250, 250)])).unwrap();
+    assert_eq!(vec![id(1), id(2)], collect(&map).remove);
+    map.raise_horizon(Lsn(1000));
+    assert_eq!(Lsn(300), map.horizon());
+    map.raise_horizon(Lsn(260));
+    assert_eq!(Lsn(300), map.horizon());
+}
+
+#[test]
+fn a_position_that_was_given_up_is_refused() {
+    let mut shard = Shard::new();
+    shard.open.put(key(1), Lsn(110), ValueKind::Record, vec![1]).unwrap();
+    shard.freeze();
+    shard.collect(Lsn(110));
+    let refused = PlanError::BelowHorizon { lsn: Lsn(109), horizon: Lsn(110) };
+    assert_eq!(Err(refused), shard.map.plan_read(key(1), Lsn(109), Lsn::INVALID, &shard.indexes).map(drop));
 }
