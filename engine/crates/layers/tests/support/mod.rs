@@ -61,6 +61,8 @@ pub struct Shard {
     pub next_number: u64,
     /// Layers of a row end at this size.
     pub layer_bytes_target: u64,
+    /// Merges of level 0, merges of bands, rows of images.
+    pub tasks: [usize; 3],
     /// Bytes of all layers that were ever made.
     pub written_bytes: u64,
 }
@@ -93,6 +95,7 @@ impl Shard {
             files: BTreeMap::new(),
             next_number: 1,
             layer_bytes_target: 2000,
+            tasks: [0; 3],
             written_bytes: 0,
         };
         let identity = shard.new_identity();
@@ -192,6 +195,7 @@ impl Shard {
             Choice::Nothing => return false,
             Choice::Merge(task) => {
                 assert!(task.layers.len() > 1);
+                self.tasks[usize::from(self.map.layer(task.layers[0]).unwrap().level)] += 1;
                 let split =
                     Split { keys: task.keys, cuts: task.cuts.clone(), layer_bytes_target: self.layer_bytes_target };
                 let mut writer = SplitWriter::deltas(first, split, task.lsns);
@@ -215,6 +219,7 @@ impl Shard {
                 self.replace(&Edit { remove: task.layers, add });
             }
             Choice::Images { keys, lsn } => {
+                self.tasks[2] += 1;
                 let split = Split { keys, cuts: BTreeSet::new(), layer_bytes_target: self.layer_bytes_target };
                 let mut writer = SplitWriter::images(first, split, lsn);
                 let mut outputs = Vec::new();
