@@ -30,10 +30,12 @@ pub struct Context {
 }
 
 impl Context {
-    /// A transaction id with its epoch: none is ahead of the next one (`AdjustToFullTransactionId`).
+    /// A transaction id with its epoch: that of its neighbourhood, half a circle to each side.
+    ///
+    /// The record may be the first to name an id, and ids before it may not have been named yet: it can lie ahead.
     pub fn full_xid(&self, xid: u32) -> u64 {
-        let epoch = (self.next_full_xid >> 32).saturating_sub(u64::from(xid > self.next_full_xid as u32));
-        epoch << 32 | u64::from(xid)
+        let distance = xid.wrapping_sub(self.next_full_xid as u32) as i32;
+        self.next_full_xid.saturating_add_signed(i64::from(distance))
     }
 }
 
@@ -197,5 +199,24 @@ fn origin(record: &Record) -> Result<Change<'_>, MetadataError> {
         }
         0x10 => Ok(Change::DropOrigin(main.u16()?)),
         _ => Err(MetadataError::Record("there is no such record of replication origins")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_epoch_of_an_xid_is_that_of_its_neighbourhood() {
+        for (next_full_xid, xid, expected) in [
+            (1000, 999, 999),
+            (1000, 1001, 1001),
+            (1 << 32 | 1000, 1001, 1 << 32 | 1001),
+            (1 << 32 | 1000, 0xFFFF_FFF0, 0xFFFF_FFF0),
+            (0xFFFF_FFF0, 3, 1 << 32 | 3),
+        ] {
+            let context = Context { track_commit_timestamp: false, next_full_xid };
+            assert_eq!(expected, context.full_xid(xid), "{next_full_xid:#x} {xid:#x}");
+        }
     }
 }

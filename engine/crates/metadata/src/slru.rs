@@ -185,14 +185,14 @@ pub(crate) fn zeroed_page(record: &Record) -> Result<Option<(Slru, u32)>, Metada
 
 /// Replays on page `number` of `slru` what `record` does to it.
 ///
-/// `page` is as the records before left it; all zeros where there was none. Pages that [`crate::changes_of`] does not name
-/// stay as they are.
+/// `page` is as the records before left it; all zeros where there was none. The page is one that [`crate::changes_of`]
+/// names; another one stays as it is.
 ///
 /// # Errors
-/// The record is not laid out like its kind. `page` may be changed in part.
+/// The record is not laid out like its kind, or has nothing to say about this SLRU. `page` is as it was.
 pub fn apply_slru(record: &Record, slru: Slru, number: u32, page: &mut SlruPage) -> Result<(), MetadataError> {
     if zeroed_page(record)? == Some((slru, number)) {
-        // WAL of 17.7 and before makes a page of offsets only after the multixact before it has said there where its
+        // WAL of earlier minor releases makes a page of offsets only after the multixact before it has said there where its
         // members end: the first entry stays. In other WAL it is zero.
         let kept = if slru == Slru::MultixactOffsets { 4 } else { 0 };
         page[kept..].fill(0);
