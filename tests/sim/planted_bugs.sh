@@ -14,13 +14,13 @@ highest=1000
 
 # Rules that each bug may break: a lack of progress does not count as found.
 declare -A rules=(
-    [ack-before-flush]="lost commit|differs|served|never proposed|after ballot"
-    [accept-stale-term]="fenced|lost commit|differs|after ballot"
-    [forget-term-on-restart]="won twice|fenced|lost commit|differs|after ballot|two writers"
-    [commit-older-term]="lost commit|differs|served|after ballot"
+    [ack-before-flush]="lost commit|differ|served|never proposed|after ballot"
+    [accept-stale-term]="fenced|lost commit|differ|after ballot"
+    [forget-term-on-restart]="won twice|fenced|lost commit|differ|after ballot|two writers"
+    [commit-older-term]="lost commit|differ|served|after ballot"
     [forget-promises]="stale read"
     [serve-incomplete-record]="no end of a record"
-    [replaced-disk-votes]="lost commit|differs|after ballot"
+    [replaced-disk-votes]="lost commit|differ|after ballot"
 )
 
 build() { # name of the binary, options of cargo
