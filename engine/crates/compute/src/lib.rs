@@ -50,7 +50,7 @@ pub use crate::{
 /// Major version of PostgreSQL that this engine knows.
 const POSTGRES_MAJOR: u32 = 17;
 /// Minor versions that it was tested with. A minor release may change WAL records (17.11 did).
-const TESTED_MINORS: &[u32] = &[11];
+const TESTED_MINORS: &[u32] = &[11, 12];
 
 /// The running program, also after its file was replaced by a newer one.
 const OWN_PROGRAM: &str = "/proc/self/exe";

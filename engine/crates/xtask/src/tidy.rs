@@ -4,8 +4,21 @@ use crate::{Findings, output, root};
 use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
 /// Crates that decide and never act: `#![no_std]`, no unsafe code, nothing below that reaches the system.
-const PURE: &[&str] =
-    &["pgtypes", "wal", "pgformat", "redo", "metadata", "layers", "consensus", "logstore", "wire", "vfs-abi"];
+const PURE: &[&str] = &[
+    "pgtypes",
+    "wal",
+    "pgformat",
+    "redo",
+    "metadata",
+    "layers",
+    "filter",
+    "shard",
+    "backup",
+    "consensus",
+    "logstore",
+    "wire",
+    "vfs-abi",
+];
 
 /// Crates that a pure crate may not depend on, directly or not.
 const IMPURE: &[&str] = &["tokio", "compio", "libc", "mio", "rustls", "getrandom", "rand", "driver", "futures-util"];
