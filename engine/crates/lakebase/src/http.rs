@@ -52,7 +52,10 @@ impl Client {
                 key: dir.join(format!("{name}.key")),
             };
             let config = Tls::load(files)?.client_config();
-            builder = builder.use_preconfigured_tls((*config).clone());
+            builder = builder.tls_backend_preconfigured((*config).clone());
+        } else {
+            // Only http:// is called without a certificate; the system's roots need not be there for it.
+            builder = builder.tls_certs_only([]);
         }
         Ok(Self { http: builder.build()?, has_certificate: tls.tls_dir.is_some() })
     }
