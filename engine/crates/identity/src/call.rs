@@ -31,11 +31,19 @@ pub enum Call {
     Grant,
     /// Compute: stop PostgreSQL and the agent.
     StopCompute,
+    /// Page server: read pages, lengths and metadata; hold leases.
+    ReadPages,
+    /// Page server: leave files of the cluster that are outside WAL.
+    PutAdvisory,
+    /// Page server: see the state of the process and of its layers.
+    PageServerStatus,
+    /// Page server: freeze, upload and compact at once.
+    TendLayers,
 }
 
 impl Call {
     /// Every call, in the order of the table.
-    pub const ALL: [Call; 12] = [
+    pub const ALL: [Call; 16] = [
         Call::Propose,
         Call::Peer,
         Call::ReadWal,
@@ -48,6 +56,10 @@ impl Call {
         Call::ComputeStatus,
         Call::Grant,
         Call::StopCompute,
+        Call::ReadPages,
+        Call::PutAdvisory,
+        Call::PageServerStatus,
+        Call::TendLayers,
     ];
 
     /// Name in the table, in errors and in logs.
@@ -65,6 +77,10 @@ impl Call {
             Call::ComputeStatus => "compute status",
             Call::Grant => "grant",
             Call::StopCompute => "stop compute",
+            Call::ReadPages => "read pages",
+            Call::PutAdvisory => "put advisory",
+            Call::PageServerStatus => "page server status",
+            Call::TendLayers => "tend layers",
         }
     }
 }
@@ -80,9 +96,16 @@ pub const fn allowed(role: Role, call: Call) -> bool {
             matches!(role, Role::Operator | Role::Safekeeper | Role::Compute | Role::PageServer)
         }
         Call::ComputeStatus => matches!(role, Role::Operator | Role::Compute),
-        Call::CreateLog | Call::DeleteLog | Call::Fence | Call::ChangeMembership | Call::Grant | Call::StopCompute => {
-            matches!(role, Role::Operator)
-        }
+        Call::ReadPages => matches!(role, Role::Operator | Role::Compute | Role::PageServer),
+        Call::PutAdvisory => matches!(role, Role::Compute),
+        Call::PageServerStatus => matches!(role, Role::Operator | Role::Compute | Role::PageServer),
+        Call::CreateLog
+        | Call::DeleteLog
+        | Call::Fence
+        | Call::ChangeMembership
+        | Call::Grant
+        | Call::StopCompute
+        | Call::TendLayers => matches!(role, Role::Operator),
     }
 }
 
