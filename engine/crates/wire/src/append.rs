@@ -4,28 +4,28 @@
 //! frame into a [`Message`], [`encode`] does the reverse.
 
 mod consensus_codec;
-mod frame;
+pub(crate) mod frame;
 mod hello;
 mod message;
 
-pub use frame::{Frame, FrameReader, HEADER_BYTES, MAX_APPEND_BYTES, MAX_BODY_BYTES, MessageType};
+pub use frame::{Frame, FrameReader, FrameType, HEADER_BYTES, MAX_APPEND_BYTES, MAX_BODY_BYTES, MessageType};
 pub use hello::{Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Purpose};
 pub use message::{BallotAnswer, ErrorCode, ErrorFrame, FetchWal, Message, WalData, decode, encode, encode_to_vec};
 
-/// Why bytes are not a message of this protocol, or a message cannot be sent. The connection is of no further use.
+/// Why bytes are not a message of this protocol (or of the page protocol, which has the same frames), or a message cannot be sent. The connection is of no further use.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum WireError {
     /// The checksum of a frame's header does not match: not this protocol, or a stream out of step.
-    #[error("frame header: checksum mismatch: not the append protocol, or the stream is out of step")]
+    #[error("frame header: checksum mismatch: not a lakebase protocol, or the stream is out of step")]
     HeaderChecksum,
     /// A frame of a type that this version does not know.
     #[error("frame header: unknown message type {0:#04x}")]
     UnknownType(u8),
     /// A frame longer than its type may be.
-    #[error("{message:?} frame of {length} bytes: at most {max} are allowed")]
+    #[error("frame of type {message:#04x} with {length} bytes: at most {max} are allowed")]
     TooLong {
-        /// Of what type.
-        message: MessageType,
+        /// Of what type: its byte on the wire.
+        message: u8,
         /// Bytes behind the header.
         length: u64,
         /// The limit.
@@ -50,12 +50,14 @@ pub enum WireError {
         field: &'static str,
     },
     /// The first message does not begin with the magic number.
-    #[error("the first message is no greeting of the append protocol")]
+    #[error("the first message is no greeting of this protocol")]
     BadMagic,
     /// The peer speaks another version.
-    #[error("peer speaks append protocol version {theirs}, this is version {ours}", ours = PROTOCOL_VERSION)]
+    #[error("peer speaks protocol version {theirs}, this is version {ours}")]
     WrongVersion {
         /// The peer's version.
         theirs: u16,
+        /// Ours.
+        ours: u16,
     },
 }

@@ -322,7 +322,7 @@ fn other_version_is_named_before_anything_else_is_read() {
     body[8] = 9;
     body.truncate(10);
     let frame = Frame { message: MessageType::Hello, body: &body };
-    assert_eq!(Err(WireError::WrongVersion { theirs: 9 }), decode(frame));
+    assert_eq!(Err(WireError::WrongVersion { theirs: 9, ours: 1 }), decode(frame));
 
     body[0] ^= 1;
     assert_eq!(Err(WireError::BadMagic), decode(Frame { message: MessageType::Hello, body: &body }));

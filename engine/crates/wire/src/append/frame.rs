@@ -1,6 +1,7 @@
 //! Frames: a header with length, type and checksum, then a body.
 
 use alloc::vec::Vec;
+use core::marker::PhantomData;
 
 use super::WireError;
 
@@ -77,10 +78,6 @@ impl MessageType {
         MessageType::Error,
     ];
 
-    fn from_byte(byte: u8) -> Result<Self, WireError> {
-        MessageType::ALL.into_iter().find(|known| *known as u8 == byte).ok_or(WireError::UnknownType(byte))
-    }
-
     /// Largest body that a frame of this type may have.
     pub const fn max_body_bytes(self) -> u32 {
         match self {
@@ -102,11 +99,35 @@ impl MessageType {
     }
 }
 
+/// The types of frames of one protocol: frames and their reader are the same for all of ours.
+pub trait FrameType: Copy + PartialEq + core::fmt::Debug {
+    /// The type with this byte on the wire.
+    fn from_byte(byte: u8) -> Option<Self>;
+    /// Its byte on the wire.
+    fn byte(self) -> u8;
+    /// Largest body that a frame of this type may have.
+    fn max_body_bytes(self) -> u32;
+}
+
+impl FrameType for MessageType {
+    fn from_byte(byte: u8) -> Option<Self> {
+        MessageType::ALL.into_iter().find(|known| *known as u8 == byte)
+    }
+
+    fn byte(self) -> u8 {
+        self as u8
+    }
+
+    fn max_body_bytes(self) -> u32 {
+        MessageType::max_body_bytes(self)
+    }
+}
+
 /// One frame, its body borrowed from the reader's buffer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Frame<'a> {
+pub struct Frame<'a, T = MessageType> {
     /// What the body holds.
-    pub message: MessageType,
+    pub message: T,
     /// The bytes behind the header.
     pub body: &'a [u8],
 }
@@ -115,20 +136,20 @@ pub struct Frame<'a> {
 ///
 /// # Errors
 /// [`WireError::TooLong`] when no reader would accept it.
-pub(super) fn header(message: MessageType, length: u64) -> Result<[u8; HEADER_BYTES], WireError> {
+pub(crate) fn header<T: FrameType>(message: T, length: u64) -> Result<[u8; HEADER_BYTES], WireError> {
     let max = message.max_body_bytes();
     let Some(body_length) = u32::try_from(length).ok().filter(|length| *length <= max) else {
-        return Err(WireError::TooLong { message, length, max });
+        return Err(WireError::TooLong { message: message.byte(), length, max });
     };
     let mut header = [0; HEADER_BYTES];
     header[..4].copy_from_slice(&body_length.to_le_bytes());
-    header[4] = message as u8;
+    header[4] = message.byte();
     let checksum = crc32c(&header[..8]);
     header[8..].copy_from_slice(&checksum.to_le_bytes());
     Ok(header)
 }
 
-fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(MessageType, usize), WireError> {
+fn parse_header<T: FrameType>(header: [u8; HEADER_BYTES]) -> Result<(T, usize), WireError> {
     let [l0, l1, l2, l3, kind, zero0, zero1, zero2, c0, c1, c2, c3] = header;
     if crc32c(&header[..8]) != u32::from_le_bytes([c0, c1, c2, c3]) {
         return Err(WireError::HeaderChecksum);
@@ -136,11 +157,11 @@ fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(MessageType, usize), Wire
     if [zero0, zero1, zero2] != [0; 3] {
         return Err(WireError::BadValue { field: "header.reserved" });
     }
-    let message = MessageType::from_byte(kind)?;
+    let message = T::from_byte(kind).ok_or(WireError::UnknownType(kind))?;
     let length = u32::from_le_bytes([l0, l1, l2, l3]);
     let max = message.max_body_bytes();
     if length > max {
-        return Err(WireError::TooLong { message, length: length.into(), max });
+        return Err(WireError::TooLong { message: kind, length: length.into(), max });
     }
     Ok((message, length as usize))
 }
@@ -150,21 +171,30 @@ fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(MessageType, usize), Wire
 /// Holds one buffer. It never grows beyond one frame of the largest kind and one read, about 1.2 MiB: the header is
 /// checked before its length is believed. Fill it either with [`FrameReader::feed`] (one copy) or, without a copy, by
 /// reading behind the bytes of [`FrameReader::take_buffer`] and handing it back.
-#[derive(Debug, Default)]
-pub struct FrameReader {
+#[derive(Debug)]
+pub struct FrameReader<T = MessageType> {
     buffer: Vec<u8>,
     /// Bytes of `buffer` that were given out as frames.
     consumed: usize,
     /// First error: the stream is out of step for good.
     failed: Option<WireError>,
+    types: PhantomData<T>,
+}
+
+impl<T> Default for FrameReader<T> {
+    fn default() -> Self {
+        FrameReader { buffer: Vec::new(), consumed: 0, failed: None, types: PhantomData }
+    }
 }
 
 impl FrameReader {
-    /// A reader without memory of its own until bytes arrive.
+    /// A reader of the append protocol, without memory of its own until bytes arrive.
     pub fn new() -> Self {
         Self::default()
     }
+}
 
+impl<T: FrameType> FrameReader<T> {
     /// Adds bytes that were read from the stream. Take all frames out before the next call, so that the buffer stays
     /// within its bound.
     pub fn feed(&mut self, bytes: &[u8]) {
@@ -214,7 +244,7 @@ impl FrameReader {
     /// # Errors
     /// The peer's fault: see [`WireError`]. Every later call returns the same error.
     #[expect(clippy::should_implement_trait, reason = "the frame borrows from the reader, which Iterator cannot say")]
-    pub fn next(&mut self) -> Result<Option<Frame<'_>>, WireError> {
+    pub fn next(&mut self) -> Result<Option<Frame<'_, T>>, WireError> {
         let (message, length) = match self.peek_header() {
             Ok(Some(header)) => header,
             Ok(None) => return Ok(None),
@@ -232,7 +262,7 @@ impl FrameReader {
         Ok(Some(Frame { message, body: &self.buffer[start..end] }))
     }
 
-    fn peek_header(&self) -> Result<Option<(MessageType, usize)>, WireError> {
+    fn peek_header(&self) -> Result<Option<(T, usize)>, WireError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -347,7 +377,7 @@ mod tests {
         for message in MessageType::ALL {
             let max = message.max_body_bytes();
             assert!(header(message, max.into()).is_ok());
-            let too_long = WireError::TooLong { message, length: u64::from(max) + 1, max };
+            let too_long = WireError::TooLong { message: message as u8, length: u64::from(max) + 1, max };
             assert_eq!(Err(too_long.clone()), header(message, u64::from(max) + 1));
 
             let mut forged = [0; HEADER_BYTES];

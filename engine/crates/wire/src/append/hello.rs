@@ -65,7 +65,7 @@ impl Hello {
         }
         let theirs = fields.u16("version")?;
         if theirs != PROTOCOL_VERSION {
-            return Err(WireError::WrongVersion { theirs });
+            return Err(WireError::WrongVersion { theirs, ours: PROTOCOL_VERSION });
         }
         let cluster = ClusterId(fields.array("cluster")?);
         let branch = BranchId(fields.array("branch")?);
