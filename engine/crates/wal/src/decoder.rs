@@ -6,7 +6,7 @@ use core::ops::ControlFlow;
 use pgtypes::{FrameSummary, Lsn};
 
 use crate::{
-    RecordFault, RecordInfo, Scanner, WalError,
+    RecordFault, RecordHeader, RecordInfo, Scanner, WalError,
     format::{RECORD_HEADER_BYTES, u32_at},
     record::{Layout, Record},
     scanner::Sink,
@@ -23,6 +23,10 @@ pub struct Decoder {
 
 #[derive(Debug, Default)]
 struct Collector {
+    /// Which records are collected; all without it.
+    wanted: Option<fn(&RecordHeader) -> bool>,
+    /// The record in progress is.
+    collects: bool,
     payload: Vec<u8>,
     payload_len: usize,
     layout: Option<Layout>,
@@ -42,6 +46,14 @@ impl Decoder {
         Decoder { scanner: scanner.with_record_bytes_max(record_bytes_max), collector: Collector::default() }
     }
 
+    /// Also passes over records that `wanted` does not name by their headers: their checksums are verified and they count
+    /// for [`Decoder::summary`], but they are neither kept nor returned, however long they are.
+    #[must_use]
+    pub fn wanting(mut self, wanted: fn(&RecordHeader) -> bool) -> Decoder {
+        self.collector.wanted = Some(wanted);
+        self
+    }
+
     /// The next byte wanted.
     pub fn position(&self) -> Lsn {
         self.scanner.position()
@@ -52,7 +64,7 @@ impl Decoder {
         self.scanner.summary()
     }
 
-    /// Takes bytes at [`Decoder::position`] up to the end of a record, and returns how many.
+    /// Takes bytes at [`Decoder::position`] up to the end of a record that is wanted, and returns how many.
     ///
     /// Takes nothing while a record waits to be polled: `while n < bytes.len() { n += feed(..)?; poll_record() }`.
     ///
@@ -78,11 +90,15 @@ impl Decoder {
 
 impl Sink for Collector {
     fn begin(&mut self, header: &[u8; RECORD_HEADER_BYTES]) {
+        self.collects = self.wanted.is_none_or(|wanted| wanted(&RecordHeader::parse(header)));
         self.payload.clear();
         self.payload_len = u32_at(header, 0) as usize - RECORD_HEADER_BYTES;
     }
 
     fn payload(&mut self, bytes: &[u8]) {
+        if !self.collects {
+            return;
+        }
         let needed = self.payload.len() + bytes.len();
         if needed > self.payload.capacity() {
             // Doubling, because the announced length is not to be trusted before the checksum; but never beyond it.
@@ -97,11 +113,16 @@ impl Sink for Collector {
     }
 
     fn check(&mut self) -> Result<(), RecordFault> {
-        self.layout = Some(Layout::parse(&self.payload)?);
+        if self.collects {
+            self.layout = Some(Layout::parse(&self.payload)?);
+        }
         Ok(())
     }
 
     fn end(&mut self, record: &RecordInfo) -> ControlFlow<()> {
+        if !self.collects {
+            return ControlFlow::Continue(());
+        }
         let layout = self.layout.take().expect("a record is checked before it ends");
         let payload = core::mem::take(&mut self.payload);
         self.ready = Some(Record::assemble(*record, layout, payload));

@@ -41,14 +41,22 @@ pub mod rmgr {
     pub const XACT: u8 = 1;
     /// Files of relations.
     pub const SMGR: u8 = 2;
+    /// Pages of transaction status.
+    pub const CLOG: u8 = 3;
     /// Databases.
     pub const DBASE: u8 = 4;
     /// Tablespaces.
     pub const TABLESPACE: u8 = 5;
     /// Multixacts.
     pub const MULTIXACT: u8 = 6;
+    /// Relation maps.
+    pub const RELATION_MAP: u8 = 7;
     /// Running transactions and exclusive locks.
     pub const STANDBY: u8 = 8;
+    /// Pages of commit timestamps.
+    pub const COMMIT_TIMESTAMP: u8 = 18;
+    /// Replication origins.
+    pub const REPLICATION_ORIGIN: u8 = 19;
     /// Last one that PostgreSQL 17 defines itself (`RM_LOGICALMSG_ID`).
     pub const BUILTIN_LAST: u8 = 21;
     /// First number of extensions (`RM_MIN_CUSTOM_ID`).

@@ -19,6 +19,7 @@ mod image;
 mod pglz;
 mod record;
 mod scanner;
+mod stored;
 mod writer;
 
 use crc_fast::{CrcAlgorithm, Digest};
@@ -32,6 +33,7 @@ pub use format::{
 pub use image::{BlockImage, Compression, ImageError, restore_image};
 pub use record::{BlockRef, Fork, Record, RelFileLocator};
 pub use scanner::{RecordInfo, Scanner, Unsupported};
+pub use stored::STORED_HEADER_BYTES;
 pub use writer::{RecordSpec, WalWriter, main_data};
 
 /// CRC-32C (Castagnoli) of `bytes`, continued from `crc`; start with 0.

@@ -15,7 +15,7 @@ use crate::{
 const BLOCK_BYTES: u16 = 8192;
 
 /// Flags of a block reference (`fork_flags`); the lower half is the fork.
-mod block_flags {
+pub(crate) mod block_flags {
     pub const FORK_MASK: u8 = 0x0F;
     pub const HAS_IMAGE: u8 = 0x10;
     pub const HAS_DATA: u8 = 0x20;
@@ -24,7 +24,7 @@ mod block_flags {
 }
 
 /// Flags of an image (`bimg_info`).
-mod image_flags {
+pub(crate) mod image_flags {
     pub const HAS_HOLE: u8 = 0x01;
     pub const APPLY: u8 = 0x02;
     pub const PGLZ: u8 = 0x04;
@@ -69,16 +69,16 @@ pub struct BlockRef {
     pub block: u32,
     /// Redo makes the page anew and needs no earlier version of it.
     pub will_init: bool,
-    image: Option<ImageRef>,
-    data: Range<usize>,
+    pub(crate) image: Option<ImageRef>,
+    pub(crate) data: Range<usize>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct ImageRef {
-    hole: Range<u16>,
-    compression: Option<Compression>,
-    apply: bool,
-    bytes: Range<usize>,
+pub(crate) struct ImageRef {
+    pub(crate) hole: Range<u16>,
+    pub(crate) compression: Option<Compression>,
+    pub(crate) apply: bool,
+    pub(crate) bytes: Range<usize>,
 }
 
 /// A record with everything in it.

@@ -35,7 +35,7 @@ pub struct RecordInfo {
     pub xid: u32,
     /// Timeline that it belongs to.
     pub timeline: PgTimeline,
-    tablespace_location: bool,
+    pub(crate) tablespace_location: bool,
 }
 
 /// Why the engine must refuse a record although PostgreSQL could replay it.
