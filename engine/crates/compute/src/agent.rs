@@ -1,7 +1,9 @@
 //! The agent: takes a grant, elects, brings PGDATA to the end of the log, runs PostgreSQL, and ends it when it must.
 //!
 //! Runs on the main thread, step by step; the core (`core.rs`) does everything that has to be quick. While a step takes long
-//! (restoring), a fence or a stop reaches it through `Shared::interrupted`.
+//! (restoring), a fence or a stop reaches it through [`Mailbox`].
+
+mod launch;
 
 use std::{
     path::PathBuf,
@@ -14,7 +16,7 @@ use std::{
 };
 
 use consensus::{Configuration, Grant, Member};
-use pgtypes::{Ballot, DiskId, Generation, Incarnation, Lsn, PgTimeline, WriterId};
+use pgtypes::{Ballot, DiskId, Generation, Incarnation, Lsn, PgTimeline, SystemId, WriterId};
 use vfs_abi::Written;
 
 use crate::{
@@ -26,12 +28,11 @@ use crate::{
     framer::FramerError,
     isolation::{Isolation, User},
     metrics::Metrics,
-    postgres::{Ended, Launch, LogTarget, Postgres, PostgresEvent, postmaster_status},
+    postgres::{Ended, Postgres, PostgresEvent, postmaster_status},
     recovery::{BasePosition, Plan, PlanError, Situation, plan},
     restore::{self, RestoreError},
     routes::{GrantRefused, Request},
     session::{Attachment, CoreCommand, CoreEvent, ElectedEvent, KillSlot},
-    settings::{self, ConninfoTls, Replay, Start},
     shared_memory,
     status::{State, Status},
 };
@@ -141,14 +142,54 @@ enum Outcome {
 pub struct Settings {
     /// The configuration.
     pub config: Config,
-    /// Its base backup.
-    pub base: Base,
+    /// Where PGDATA comes from.
+    pub source: Source,
     /// Our own binary.
     pub helper: PathBuf,
     /// How PostgreSQL's processes are held together.
     pub isolation: Isolation,
     /// Whom PostgreSQL runs as, when not as the agent.
     pub user: Option<User>,
+}
+
+/// Where PGDATA comes from.
+pub enum Source {
+    /// A base backup, and the log behind it.
+    BaseBackup(Base),
+    /// The page service.
+    PageService,
+}
+
+impl Source {
+    /// Name in the log.
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Source::BaseBackup(_) => "base_backup",
+            Source::PageService => "page_service",
+        }
+    }
+
+    /// The system identifier that safekeepers compare with theirs; 0 where nobody has told it yet.
+    pub fn system_id(&self) -> SystemId {
+        match self {
+            Source::BaseBackup(base) => base.control.system_id,
+            Source::PageService => SystemId::default(),
+        }
+    }
+}
+
+/// A PGDATA that is ready to be started.
+struct Prepared {
+    /// Its WAL segment size.
+    segment_bytes: u64,
+    /// Its system identifier.
+    system_id: SystemId,
+    /// WAL in it that continues the log.
+    continues: Option<Written>,
+    /// The start of the last record that it must replay from the safekeepers.
+    replay_to: Option<Lsn>,
+    /// Hint bits must be in WAL for the page service to know them, and no checksums see to it.
+    hints_need_wal: bool,
 }
 
 /// The agent.
@@ -341,17 +382,21 @@ impl Agent {
     }
 
     fn restore_base(&mut self) -> Result<(), RestoreError> {
-        if !self.pristine {
-            let Settings { config, base, user, .. } = &self.settings;
-            let interrupted = &self.mailbox.interrupted;
-            // Left behind when a whole container was killed: afterwards nothing names it any more.
-            if let Err(error) = shared_memory::remove_left_behind(&self.data_dir.pgdata()) {
-                tracing::warn!(%error, "shared memory of an earlier PostgreSQL stays behind (ipcs -m)");
-            }
-            restore::restore(&config.base_backup, base, &self.data_dir.pgdata(), user.as_ref(), interrupted)?;
-            self.pristine = true;
-        }
+        let Settings { config, source, user, .. } = &self.settings;
+        let (false, Source::BaseBackup(base), Some(base_backup)) = (self.pristine, source, &config.base_backup) else {
+            return Ok(());
+        };
+        self.forget_shared_memory();
+        restore::restore(base_backup, base, &self.data_dir.pgdata(), user.as_ref(), &self.mailbox.interrupted)?;
+        self.pristine = true;
         Ok(())
+    }
+
+    /// Left behind when a whole container was killed: once PGDATA is replaced nothing names it any more.
+    fn forget_shared_memory(&self) {
+        if let Err(error) = shared_memory::remove_left_behind(&self.data_dir.pgdata()) {
+            tracing::warn!(%error, "shared memory of an earlier PostgreSQL stays behind (ipcs -m)");
+        }
     }
 
     fn wait_for_election(&mut self, grant: Grant) -> Result<Result<Box<ElectedEvent>, Outcome>, AgentError> {
@@ -389,12 +434,22 @@ impl Agent {
     }
 
     fn recover_and_run(&mut self, elected: &ElectedEvent) -> Result<Outcome, AttemptError> {
+        let prepared = match &self.settings.source {
+            Source::BaseBackup(base) => self.recover_from(&base.clone(), elected)?,
+            Source::PageService => {
+                return Ok(Outcome::Failed("this version starts from a base backup only".into()));
+            }
+        };
+        self.run_postgres(elected, &prepared)
+    }
+
+    /// Brings the base backup, or PGDATA as it is, to the end of the log.
+    fn recover_from(&mut self, base: &Base, elected: &ElectedEvent) -> Result<Prepared, AttemptError> {
         let pgdata = self.data_dir.pgdata();
         let mark = self.data_dir.read_clean()?;
         let local_end = mark.and_then(|_| base::inspect(&pgdata).ok()).map(|local| local.end.record_end);
         let timelines: Vec<(PgTimeline, Lsn)> =
             elected.timelines.0.iter().map(|entry| (entry.timeline, entry.start_lsn)).collect();
-        let base = &self.settings.base;
         let plan = plan(&Situation {
             log: self.settings.config.log_id(),
             end_of_log: elected.end_of_log,
@@ -418,33 +473,35 @@ impl Agent {
             Plan::StartFromBase => "base_backup",
             Plan::Replay { .. } => "replay",
         });
-        self.run_postgres(elected, plan)
-    }
-
-    fn run_postgres(&mut self, elected: &ElectedEvent, plan: Plan) -> Result<Outcome, AttemptError> {
-        let config = &self.settings.config;
-        let base = &self.settings.base;
-        let pgdata = self.data_dir.pgdata();
-        let lease_wait_ms = u32::try_from(config.lease_wait_timeout.as_millis()).unwrap_or(u32::MAX);
-        let area = SharedArea::create(base.segment_bytes(), lease_wait_ms)?;
-        *self.metrics.area.lock().unwrap_or_else(PoisonError::into_inner) = Some(area.clone());
-        let killer: KillSlot = Arc::new(Mutex::new(None));
         let base_end = base.end.record_end;
         // The base backup's own WAL behind X is the log's continuation.
         let continues = plan == Plan::StartFromBase && base_end > elected.end_of_log.record_end;
-        let written_before = continues.then_some(Written {
-            sequence: 0,
-            written_lsn: base_end.0,
-            final_lsn: base_end.0,
-            timeline: base.timeline().0,
-        });
-        let launch = self.launch(elected, plan, &area)?;
+        Ok(Prepared {
+            segment_bytes: base.segment_bytes(),
+            system_id: base.control.system_id,
+            continues: continues.then_some(written_to(base_end, base.timeline())),
+            replay_to: match plan {
+                Plan::Replay { last_record } => Some(last_record),
+                Plan::Reuse | Plan::StartFromBase => None,
+            },
+            hints_need_wal: false,
+        })
+    }
+
+    fn run_postgres(&mut self, elected: &ElectedEvent, prepared: &Prepared) -> Result<Outcome, AttemptError> {
+        let config = &self.settings.config;
+        let pgdata = self.data_dir.pgdata();
+        let lease_wait_ms = u32::try_from(config.lease_wait_timeout.as_millis()).unwrap_or(u32::MAX);
+        let area = SharedArea::create(prepared.segment_bytes, lease_wait_ms)?;
+        *self.metrics.area.lock().unwrap_or_else(PoisonError::into_inner) = Some(area.clone());
+        let killer: KillSlot = Arc::new(Mutex::new(None));
+        let launch = self.launch(elected, prepared, &area)?;
         self.core.send(CoreCommand::Attach(Attachment {
             area,
             pgdata: pgdata.clone(),
-            segment_bytes: base.segment_bytes(),
-            system_id: base.control.system_id,
-            written_before,
+            segment_bytes: prepared.segment_bytes,
+            system_id: prepared.system_id,
+            written_before: prepared.continues,
             killer: killer.clone(),
         }))?;
         self.runs += 1;
@@ -461,85 +518,6 @@ impl Agent {
             self.mark_clean(elected.ballot)?;
         }
         Ok(ended.outcome(self.stop_wishes > 0))
-    }
-
-    fn launch(&self, elected: &ElectedEvent, plan: Plan, area: &SharedArea) -> Result<Launch, AttemptError> {
-        let config = &self.settings.config;
-        let user = self.settings.user.as_ref();
-        let pgdata = self.data_dir.pgdata();
-        let socket_dir = config.socket_dir();
-        restore::make_directory_for(&socket_dir, 0o755, user)?;
-        restore::remove_stale_socket(&socket_dir, config.postgres.port, &pgdata)?;
-        let ballot = elected.ballot;
-        let trust = format!("{}/{}/{}/{}", config.cluster, ballot.term.0, ballot.attempt.0, Incarnation(random()?));
-        restore::write_for(&pgdata.join(vfs_abi::TRUST_FILE), format!("{trust}\n").as_bytes(), user)?;
-
-        let conninfo = self.primary_conninfo(elected)?;
-        let last_record = match plan {
-            Plan::Replay { last_record } => Some(last_record.to_string()),
-            Plan::Reuse | Plan::StartFromBase => None,
-        };
-        let start = Start {
-            listen_addresses: &config.postgres.listen_addresses,
-            port: config.postgres.port,
-            socket_dir: &socket_dir.to_string_lossy(),
-            dynamic_shared_memory_type: shared_memory::dynamic_type(self.settings.isolation),
-            replay: last_record.as_deref().map(|last_record| Replay { primary_conninfo: &conninfo, last_record }),
-        };
-        let inherited = area.inherited();
-        let preload = match std::env::var("LD_PRELOAD") {
-            Ok(others) if !others.is_empty() => format!("{}:{others}", config.postgres.vfs_library.display()),
-            _ => config.postgres.vfs_library.display().to_string(),
-        };
-        let mut environment = vec![
-            ("LD_PRELOAD".to_owned(), preload),
-            (vfs_abi::ENV_PGDATA.to_owned(), pgdata.display().to_string()),
-            (vfs_abi::ENV_TRUST.to_owned(), trust),
-        ];
-        environment.extend(inherited.iter().map(|(name, fd)| ((*name).to_owned(), fd.to_string())));
-        Ok(Launch {
-            helper: self.settings.helper.clone(),
-            isolation: self.settings.isolation,
-            user: self.settings.user.clone(),
-            program: config.postgres.bin_dir.join("postgres"),
-            pgdata,
-            arguments: settings::arguments(&config.postgres.parameters, &start),
-            environment,
-            inherited: inherited.iter().map(|(_, fd)| *fd).collect(),
-            log: LogTarget::new(config.postgres.log, self.data_dir.postgres_log()),
-        })
-    }
-
-    /// Connection string to the safekeepers, those first that are known to hold the whole log.
-    fn primary_conninfo(&self, elected: &ElectedEvent) -> Result<String, AttemptError> {
-        let config = &self.settings.config;
-        let (holders, others): (Vec<_>, Vec<_>) =
-            config.safekeepers.iter().partition(|safekeeper| elected.holders.contains(&safekeeper.member));
-        let hosts: Vec<(&str, u16)> = holders
-            .into_iter()
-            .chain(others)
-            .map(|safekeeper| (safekeeper.replication.host.as_str(), safekeeper.replication.port))
-            .collect();
-        let writer = config.writer.to_string();
-        let Some((ca, certificate, key)) =
-            config.tls.files().filter(|_| config.tls.mode == crate::config::TlsMode::Required)
-        else {
-            return Ok(settings::primary_conninfo(&hosts, config.log_id(), &writer, None));
-        };
-        // PostgreSQL's user may not read the agent's key, and libpq wants it to be that user's own.
-        let user = self.settings.user.as_ref();
-        let directory = self.data_dir.postgres_tls();
-        restore::make_directory_for(&directory, 0o700, user)?;
-        let mut copies = Vec::new();
-        for (name, source) in [("ca.pem", ca), ("certificate.pem", certificate), ("key.pem", key)] {
-            let contents = std::fs::read(source)
-                .map_err(|source_error| RestoreError::Io { path: source.to_owned(), source: source_error })?;
-            let copy = directory.join(name);
-            restore::write_for(&copy, &contents, user)?;
-            copies.push(copy.display().to_string());
-        }
-        let tls = ConninfoTls { ca: &copies[0], certificate: &copies[1], key: &copies[2] };
-        Ok(settings::primary_conninfo(&hosts, config.log_id(), &writer, Some(tls)))
     }
 
     /// Watches a running PostgreSQL until all its processes are gone.
@@ -750,6 +728,11 @@ impl RunEnd {
             })
         }
     }
+}
+
+/// WAL that is complete in its files up to `end`.
+fn written_to(end: Lsn, timeline: PgTimeline) -> Written {
+    Written { sequence: 0, written_lsn: end.0, final_lsn: end.0, timeline: timeline.0 }
 }
 
 fn random() -> std::io::Result<[u8; 16]> {

@@ -13,7 +13,10 @@ use std::{
 use pgtypes::{BranchId, ClusterId, LogId, MemberId, WriterId};
 use serde::{Deserialize, Deserializer, de};
 
-use crate::settings;
+use crate::{
+    page_service_config::{BackpressureConfig, PageServiceConfig},
+    settings,
+};
 
 /// A safekeeper set has at most this many members during a change of membership (two joint sets of five, one differs).
 const SAFEKEEPERS_MAX: usize = 10;
@@ -36,8 +39,15 @@ pub struct Config {
     pub writer: WriterId,
     /// Directory of the agent: PGDATA, the grant, the mark of a clean stop, PostgreSQL's log.
     pub data_dir: PathBuf,
-    /// A cleanly shut down PGDATA that a start begins with.
-    pub base_backup: PathBuf,
+    /// Where PGDATA comes from; exactly one is given: a cleanly shut down PGDATA that a start begins with,
+    #[serde(default)]
+    pub base_backup: Option<PathBuf>,
+    /// or the page service.
+    #[serde(default)]
+    pub page_service: Option<PageServiceConfig>,
+    /// When the writer is slowed because shards lag; used with the page service only.
+    #[serde(default)]
+    pub backpressure: BackpressureConfig,
     /// How long a backend holds back an answer while the read lease is expired, before it exits.
     #[serde(default = "default_lease_wait_timeout", deserialize_with = "text_duration")]
     pub lease_wait_timeout: Duration,
@@ -252,11 +262,11 @@ impl Config {
         let mut config: Config = toml::from_str(source).map_err(|e| e.to_string().trim_end().to_owned())?;
         let resolve = |path: &mut PathBuf| *path = directory.join(&*path);
         resolve(&mut config.data_dir);
-        resolve(&mut config.base_backup);
         resolve(&mut config.postgres.bin_dir);
         resolve(&mut config.postgres.vfs_library);
         let tls = &mut config.tls;
-        let optional = [&mut config.postgres.socket_dir, &mut tls.ca, &mut tls.certificate, &mut tls.key];
+        let optional =
+            [&mut config.base_backup, &mut config.postgres.socket_dir, &mut tls.ca, &mut tls.certificate, &mut tls.key];
         optional.into_iter().flatten().for_each(resolve);
         config.check()?;
         Ok(config)
@@ -279,15 +289,16 @@ impl Config {
         for (name, value) in &self.postgres.parameters {
             settings::check_parameter(name, value).map_err(|e| format!("postgres.parameters: {e}"))?;
         }
-        // A restore removes PGDATA and copies the whole base backup there.
-        let (base, data_dir) = (resolved(&self.base_backup), resolved(&self.data_dir));
-        if data_dir.starts_with(&base) || base.starts_with(data_dir.join("pgdata")) {
-            return Err(format!(
-                "base_backup {} and data_dir {} overlap: a restore would destroy the base backup; keep them apart",
-                base.display(),
-                data_dir.display()
-            ));
+        match (&self.base_backup, &self.page_service) {
+            (Some(base_backup), None) => self.check_base_backup(base_backup)?,
+            (None, Some(page_service)) => page_service.check()?,
+            _ => {
+                return Err(
+                    "exactly one of base_backup and [page_service] must be given: where PGDATA comes from".into()
+                );
+            }
         }
+        self.backpressure.check()?;
         if self.postgres.port == 0 {
             return Err("postgres.port: must be above 0".into());
         }
@@ -310,6 +321,19 @@ impl Config {
                 return Err("tls: ca, certificate and key are required".into());
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// A restore removes PGDATA and copies the whole base backup there.
+    fn check_base_backup(&self, base_backup: &Path) -> Result<(), String> {
+        let (base, data_dir) = (resolved(base_backup), resolved(&self.data_dir));
+        if data_dir.starts_with(&base) || base.starts_with(data_dir.join("pgdata")) {
+            return Err(format!(
+                "base_backup {} and data_dir {} overlap: a restore would destroy the base backup; keep them apart",
+                base.display(),
+                data_dir.display()
+            ));
         }
         Ok(())
     }
@@ -351,7 +375,8 @@ fn default_stop_timeout() -> Duration {
     Duration::from_secs(60)
 }
 
-fn text<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(deserializer: D) -> Result<T, D::Error> {
+/// A value in a form of its own, as a string.
+pub(crate) fn text<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(deserializer: D) -> Result<T, D::Error> {
     String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
 }
 
@@ -362,7 +387,8 @@ fn member<'de, D: Deserializer<'de>>(deserializer: D) -> Result<MemberId, D::Err
     }
 }
 
-fn text_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+/// A duration as a string.
+pub(crate) fn text_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)
 }
 
@@ -425,9 +451,19 @@ i_know_this_is_insecure = true
     fn relative_paths_count_from_the_file() {
         let config = parse(GOOD).expect("valid");
         assert_eq!(Path::new("/etc/lakebase/agent"), config.data_dir);
-        assert_eq!(Path::new("/base"), config.base_backup);
+        assert_eq!(Some(Path::new("/base")), config.base_backup.as_deref());
         assert_eq!(Path::new("/etc/lakebase/agent/run"), config.socket_dir());
         assert_eq!(Duration::from_secs(90), config.lease_wait_timeout);
+    }
+
+    #[test]
+    fn pages_come_from_shards_where_there_is_no_base_backup() {
+        let shard =
+            "[page_service]\nshards = [{ shard = 0, begin = 0, end = 4294967296, pages = \"[::1]:7\" }]\n[listen]";
+        let source = GOOD.replace("base_backup = \"/base\"", "").replace("[listen]", shard);
+        let config = parse(&source).expect("valid");
+        assert_eq!(1, config.page_service.map_or(0, |service| service.shards.len()));
+        assert_eq!(256 << 20, config.backpressure.ingest_lag_bytes);
     }
 
     #[test]
@@ -449,6 +485,9 @@ i_know_this_is_insecure = true
             ("data_dir = \"agent\"", "data_dir = \"/base\"", "overlap"),
             ("data_dir = \"agent\"", "data_dir = \"/base/agent\"", "overlap"),
             ("base_backup = \"/base\"", "base_backup = \"agent/pgdata\"", "overlap"),
+            ("base_backup = \"/base\"", "", "exactly one of base_backup and [page_service]"),
+            ("[listen]", "[page_service]\nshards = []\n[listen]", "exactly one of base_backup and [page_service]"),
+            ("[listen]", "[backpressure]\ningest_lag_bytes = 1\n[listen]", "backpressure.ingest_lag_bytes"),
         ];
         for (from, to, expected) in cases {
             assert!(GOOD.contains(from), "{from}");

@@ -6,6 +6,7 @@
 
 mod agent;
 mod area;
+mod backpressure;
 mod base;
 mod config;
 mod core;
@@ -14,6 +15,7 @@ mod framer;
 pub mod isolation;
 mod link;
 mod metrics;
+mod page_service_config;
 pub mod postgres;
 mod postgres_log;
 mod process_tree;
@@ -25,6 +27,7 @@ mod settings;
 mod settled;
 mod shared_memory;
 mod status;
+mod wal_tail;
 
 use std::{io, path::Path, path::PathBuf, sync::Arc};
 
@@ -32,7 +35,7 @@ use identity::{Role, Tls, TlsFiles};
 use prometheus_client::registry::Registry;
 
 use crate::{
-    agent::{Agent, AgentError, Event, Mailbox, Settings},
+    agent::{Agent, AgentError, Event, Mailbox, Settings, Source},
     core::Core,
     data_dir::{DataDir, DataDirError},
     isolation::{User, find_user, isolation_name},
@@ -157,7 +160,10 @@ pub fn run_config(config: Config) -> Result<(), Error> {
             None
         }
     };
-    let base = base::inspect(&config.base_backup)?;
+    let source = match &config.base_backup {
+        Some(base_backup) => Source::BaseBackup(base::inspect(base_backup)?),
+        None => Source::PageService,
+    };
     let data_dir = DataDir::open(&config.data_dir)?;
     let helper = PathBuf::from(OWN_PROGRAM);
     let isolation = postgres::choose_isolation(&helper, config.postgres.isolation)
@@ -169,7 +175,7 @@ pub fn run_config(config: Config) -> Result<(), Error> {
         postgres = format!("{major}.{minor}"),
         isolation = isolation_name(isolation),
         driver = driver.as_str(),
-        base_end = %base.end.record_end,
+        source = source.as_str(),
         "compute agent"
     );
 
@@ -192,7 +198,7 @@ pub fn run_config(config: Config) -> Result<(), Error> {
     };
     let (from_core, from_signals, from_routes) = (post(&mailbox), post(&mailbox), post(&mailbox));
     let surroundings = Surroundings {
-        greeting: Greeting { log: config.log_id(), system_id: base.control.system_id, tls: tls.clone() },
+        greeting: Greeting { log: config.log_id(), system_id: source.system_id(), tls: tls.clone() },
         on_event: Arc::new(move |session, event| from_core(Event::Core(session, event))),
         view,
         metrics: metrics.clone(),
@@ -204,7 +210,7 @@ pub fn run_config(config: Config) -> Result<(), Error> {
     let admin_server = admin::serve(&config.listen.admin, tls, routes).map_err(io_error("listen.admin"))?;
     let metrics_server = admin::serve_metrics(&config.listen.metrics, registry).map_err(io_error("listen.metrics"))?;
 
-    let settings = Settings { config, base, helper, isolation, user };
+    let settings = Settings { config, source, helper, isolation, user };
     let result = Agent::new(settings, data_dir, core, (mailbox, events), status, metrics).and_then(Agent::run);
     admin_server.stop();
     metrics_server.stop();

@@ -10,14 +10,14 @@ use std::{
 };
 
 use consensus::message::{AcceptorMessage, AcceptorStatus};
-use driver::{Closer, Event, Writer};
+use driver::{Closer, Connection, Event, Writer};
 use identity::{Call, Caller, NotAllowed, Role, Tls};
 use pgtypes::{LogId, SystemId};
 use wire::append::{FrameReader, Hello, Message, Purpose, WireError, decode, encode, encode_to_vec};
 
 /// Connecting, the TLS handshake, and the wait for the status each end after this: a frozen safekeeper accepts
 /// connections (its kernel does) and answers nothing.
-const STEP_LIMIT: Duration = Duration::from_secs(2);
+pub const STEP_LIMIT: Duration = Duration::from_secs(2);
 
 /// An outbox that has grown beyond this while the peer was slow gives its memory back when it is empty.
 const OUTBOX_KEPT_BYTES: usize = 1 << 20;
@@ -27,7 +27,7 @@ const OUTBOX_KEPT_BYTES: usize = 1 << 20;
 pub struct Greeting {
     /// Which log.
     pub log: LogId,
-    /// Of the PostgreSQL cluster.
+    /// Of the PostgreSQL cluster; 0 when nobody has told it yet, which safekeepers do not compare.
     pub system_id: SystemId,
     /// Certificates; `None` by the development flag.
     pub tls: Option<Tls>,
@@ -101,23 +101,10 @@ pub async fn converse(
     on_status: impl FnOnce(AcceptorStatus),
     mut on_message: impl FnMut(AcceptorMessage),
 ) -> Result<(), LinkError> {
-    let mut connection = driver::connect(address, STEP_LIMIT).await?;
-    if let Some(tls) = &greeting.tls {
-        let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
-        let handshake = connection.upgrade_client(tls.client_config(), host);
-        connection = driver::timeout(STEP_LIMIT, handshake).await.ok_or_else(late)??;
-        Caller::of_certificate(connection.peer_certificate().as_deref())?.expect_server(
-            Role::Safekeeper,
-            greeting.log.cluster,
-            Call::Propose,
-        )?;
-    }
+    let connection = open(address, greeting, Purpose::Propose, Call::Propose).await?;
     if link.is_closed() {
         return Ok(());
     }
-    let hello = Hello { log: greeting.log, system_id: greeting.system_id, purpose: Purpose::Propose };
-    let (written, _) = connection.write_all(encode_to_vec(&Message::Hello(hello))?).await;
-    written?;
     *link.closer.borrow_mut() = Some(connection.closer());
     let (mut reader, writer) = connection.into_split();
 
@@ -154,6 +141,28 @@ pub async fn converse(
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Connects to the safekeeper at `address` and greets it.
+///
+/// # Errors
+/// It cannot be reached within [`STEP_LIMIT`], or is none of this cluster.
+pub async fn open(address: &str, greeting: &Greeting, purpose: Purpose, call: Call) -> Result<Connection, LinkError> {
+    let mut connection = driver::connect(address, STEP_LIMIT).await?;
+    if let Some(tls) = &greeting.tls {
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
+        let handshake = connection.upgrade_client(tls.client_config(), host);
+        connection = driver::timeout(STEP_LIMIT, handshake).await.ok_or_else(late)??;
+        Caller::of_certificate(connection.peer_certificate().as_deref())?.expect_server(
+            Role::Safekeeper,
+            greeting.log.cluster,
+            call,
+        )?;
+    }
+    let hello = Hello { log: greeting.log, system_id: greeting.system_id, purpose };
+    let (written, _) = connection.write_all(encode_to_vec(&Message::Hello(hello))?).await;
+    written?;
+    Ok(connection)
 }
 
 fn late() -> io::Error {

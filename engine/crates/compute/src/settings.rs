@@ -112,6 +112,8 @@ pub struct Start<'a> {
     pub socket_dir: &'a str,
     /// `dynamic_shared_memory_type`, unless the user chose one.
     pub dynamic_shared_memory_type: &'a str,
+    /// Changes of hint bits must be in WAL, and no checksums see to it.
+    pub hints_need_wal: bool,
     /// Set when the start replays WAL from the safekeepers.
     pub replay: Option<Replay<'a>>,
 }
@@ -142,6 +144,10 @@ pub fn arguments(user: &BTreeMap<String, String>, start: &Start<'_>) -> Vec<Stri
     set("listen_addresses", start.listen_addresses);
     set("port", &start.port.to_string());
     set("unix_socket_directories", start.socket_dir);
+    if start.hints_need_wal {
+        // VACUUM's PD_ALL_VISIBLE would not move the page's LSN (`visibilitymap_set`), and redo could not know of it.
+        set("wal_log_hints", "on");
+    }
     set("primary_slot_name", "");
     set("restore_command", "");
     // Left over in the base backup's files they would stop a replay that nobody asked for.
@@ -234,6 +240,7 @@ mod tests {
             port: 5432,
             socket_dir: "/run/x",
             dynamic_shared_memory_type: "mmap",
+            hints_need_wal: false,
             replay: None,
         }
     }
@@ -271,6 +278,15 @@ mod tests {
         assert_eq!(Some(&"recovery_target_lsn=0/1000".to_owned()), replay.last());
         assert!(replay.contains(&"recovery_target_action=promote".to_owned()));
         assert!(replay.contains(&"hot_standby=off".to_owned()));
+    }
+
+    /// Without it index-only scans would return deleted rows after an eviction.
+    #[test]
+    fn hints_are_logged_where_the_page_service_needs_it() {
+        let user = BTreeMap::from([("wal_log_hints".to_owned(), "off".to_owned())]);
+        let arguments = arguments(&user, &Start { hints_need_wal: true, ..start() });
+        assert!(arguments.contains(&"wal_log_hints=on".to_owned()));
+        assert!(!arguments.contains(&"wal_log_hints=off".to_owned()));
     }
 
     #[test]
