@@ -76,7 +76,8 @@ impl Counters {
         Ok(())
     }
 
-    fn observe(&mut self, max_full_xid: u64) {
+    /// Takes note of transaction ids that were seen elsewhere, up to this one.
+    pub fn observe(&mut self, max_full_xid: u64) {
         let mut next = max_full_xid.saturating_add(1);
         // The first ids of each epoch have fixed meanings.
         if (next as u32) < FIRST_NORMAL_XID {

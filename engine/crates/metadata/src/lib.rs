@@ -19,6 +19,7 @@ extern crate alloc;
 
 mod change;
 mod counters;
+mod counters_codec;
 mod multixact;
 mod origin;
 mod reader;
@@ -28,6 +29,7 @@ mod two_phase;
 
 pub use change::{Change, Context, changes_of};
 pub use counters::Counters;
+pub use counters_codec::CountersError;
 pub use origin::{Origins, OriginsError};
 pub use slru::{SLRU_PAGE_BYTES, Slru, SlruCut, SlruPage, apply_slru};
 pub use two_phase::two_phase_file;
