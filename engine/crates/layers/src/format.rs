@@ -61,14 +61,14 @@ impl Fields<'_> {
 }
 
 /// Persisted numbers of [`LayerKind`].
-fn kind_number(kind: LayerKind) -> u8 {
+pub(crate) fn kind_number(kind: LayerKind) -> u8 {
     match kind {
         LayerKind::Delta => 1,
         LayerKind::Image => 2,
     }
 }
 
-fn kind_of_number(number: u8) -> Result<LayerKind, LayerError> {
+pub(crate) fn kind_of_number(number: u8) -> Result<LayerKind, LayerError> {
     match number {
         1 => Ok(LayerKind::Delta),
         2 => Ok(LayerKind::Image),

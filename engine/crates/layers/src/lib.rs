@@ -19,6 +19,7 @@ mod gc;
 mod identity;
 mod index;
 mod key;
+mod manifest;
 mod map;
 mod merge;
 mod open;
@@ -35,6 +36,7 @@ pub use identity::{
 };
 pub use index::{Index, VALUES_MAX, ValueEntry};
 pub use key::{HashRange, KEY_BYTES, Key, KeyKind, KeyRange, Metadata, Slru, Striping, UnknownKey, stripe_hash};
+pub use manifest::{MANIFEST_LAYERS_MAX, MANIFEST_VERSION, Manifest, ManifestError};
 pub use map::{Edit, LayerMap, MapError};
 pub use merge::{Merge, Retain};
 pub use open::{OpenLayer, OpenValue};
