@@ -13,6 +13,8 @@ pub enum Call {
     Peer,
     /// Append protocol: read committed WAL.
     ReadWal,
+    /// Append protocol: be sent the records of a shard, and decide by it what WAL is kept.
+    Feed,
     /// PostgreSQL's replication protocol.
     Replicate,
     /// Safekeeper: see the state of the process and of logs.
@@ -43,10 +45,11 @@ pub enum Call {
 
 impl Call {
     /// Every call, in the order of the table.
-    pub const ALL: [Call; 16] = [
+    pub const ALL: [Call; 17] = [
         Call::Propose,
         Call::Peer,
         Call::ReadWal,
+        Call::Feed,
         Call::Replicate,
         Call::SafekeeperStatus,
         Call::CreateLog,
@@ -68,6 +71,7 @@ impl Call {
             Call::Propose => "propose",
             Call::Peer => "peer",
             Call::ReadWal => "read WAL",
+            Call::Feed => "feed",
             Call::Replicate => "replicate",
             Call::SafekeeperStatus => "safekeeper status",
             Call::CreateLog => "create log",
@@ -91,6 +95,7 @@ pub const fn allowed(role: Role, call: Call) -> bool {
         Call::Propose => matches!(role, Role::Compute),
         Call::Peer => matches!(role, Role::Safekeeper),
         Call::ReadWal => matches!(role, Role::Compute | Role::PageServer),
+        Call::Feed => matches!(role, Role::PageServer),
         Call::Replicate => matches!(role, Role::Safekeeper | Role::Compute | Role::Follower),
         Call::SafekeeperStatus => {
             matches!(role, Role::Operator | Role::Safekeeper | Role::Compute | Role::PageServer)

@@ -167,6 +167,7 @@ async fn greet(core: Rc<Core>, connection: Connection, greetings: Rc<Greetings>)
         Purpose::Propose => Call::Propose,
         Purpose::Peer => Call::Peer,
         Purpose::Read { .. } => Call::ReadWal,
+        Purpose::Feed { .. } => Call::Feed,
     };
     let caller = process.caller(connection.peer_certificate().as_deref());
     if let Err(error) = caller.and_then(|caller| caller.authorize(call, hello.log.cluster)) {
@@ -284,12 +285,17 @@ async fn serve(core: Rc<Core>, connection: Connection, hello: Hello, visitor: Vi
         Purpose::Propose => "propose",
         Purpose::Peer => "peer",
         Purpose::Read { .. } => "read",
+        Purpose::Feed { .. } => "feed",
     };
     let _counted = process.metrics.count_connection(purpose);
     match hello.purpose {
         Purpose::Propose => propose(&log, connection, visitor).await,
         Purpose::Peer => answer_peer(&log, connection, visitor).await,
         Purpose::Read { begin_lsn } => stream(&log, connection, visitor, begin_lsn).await,
+        Purpose::Feed { .. } => {
+            let text = "feeds are not served by this version".to_owned();
+            refuse(&process, peer, connection, ErrorCode::NotAllowed, text).await;
+        }
     }
 }
 

@@ -1,13 +1,16 @@
 //! The append protocol: what proposers, peers and readers say to a safekeeper, and its answers.
 //!
 //! `docs/formats/append-protocol.md` describes every byte. [`FrameReader`] cuts a stream into frames, [`decode`] turns a
-//! frame into a [`Message`], [`encode`] does the reverse.
+//! frame into a [`Message`], [`encode`] does the reverse. A [`filter::Batch`] takes several frames: [`BatchFrames`] makes
+//! them, a [`BatchAssembler`] puts them together.
 
 mod consensus_codec;
+mod feed;
 pub(crate) mod frame;
 mod hello;
 mod message;
 
+pub use feed::{BatchAssembler, BatchFrames, FeedBatch, FeedProgress, ITEM_BYTES_MAX};
 pub use frame::{Frame, FrameReader, FrameType, HEADER_BYTES, MAX_APPEND_BYTES, MAX_BODY_BYTES, MessageType};
 pub use hello::{Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Purpose};
 pub use message::{BallotAnswer, ErrorCode, ErrorFrame, FetchWal, Message, WalData, decode, encode, encode_to_vec};

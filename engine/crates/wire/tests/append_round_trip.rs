@@ -9,14 +9,16 @@ use consensus::{
         Refusal, Refused, TimelineEntry, Vote, Voted,
     },
 };
+use filter::{Batch, Item};
+use layers::{HashRange, ShardGeneration, ShardId};
 use pgtypes::{
     Attempt, Ballot, BranchId, ClusterId, DiskId, FrameSummary, Generation, Incarnation, LogId, Lsn, MemberId,
     PgTimeline, SystemId, Term, WriterId,
 };
 use proptest::{collection::vec, option, prelude::*};
 use wire::append::{
-    BallotAnswer, ErrorCode, ErrorFrame, FetchWal, Frame, FrameReader, Hello, Message, MessageType, Purpose, WalData,
-    WireError, decode, encode_to_vec,
+    BallotAnswer, BatchAssembler, BatchFrames, ErrorCode, ErrorFrame, FeedBatch, FeedProgress, FetchWal, Frame,
+    FrameReader, Hello, Message, MessageType, Purpose, WalData, WireError, decode, encode_to_vec,
 };
 
 fn lsn() -> impl Strategy<Value = Lsn> {
@@ -187,11 +189,77 @@ fn acceptor_message() -> impl Strategy<Value = AcceptorMessage> {
     prop_oneof![status, voted, accepted, appended, refused]
 }
 
+fn feed() -> impl Strategy<Value = Purpose> {
+    let from = (lsn(), 1..1u64 << 40, any::<u32>(), any::<u64>(), any::<i64>()).prop_map(
+        |(record_start, length, timeline, max_full_xid, commit_timestamp)| FrameSummary {
+            record_end: Lsn((record_start.0 >> 1).saturating_add(length) | 7).advance(1),
+            record_start: Lsn(record_start.0 >> 1),
+            timeline: PgTimeline(timeline),
+            max_full_xid,
+            commit_timestamp,
+        },
+    );
+    let from = prop_oneof![from, Just(FrameSummary::default())];
+    (any::<u32>(), any::<u64>(), 0..1u64 << 32, 1..1u64 << 32, 1..u32::MAX, from).prop_map(
+        |(shard, generation, begin, length, stripe_blocks, from)| Purpose::Feed {
+            shard: ShardId(shard),
+            generation: ShardGeneration(generation),
+            range: HashRange { begin, end: (begin + length).min(1 << 32) },
+            stripe_blocks,
+            from,
+        },
+    )
+}
+
+/// A batch whose items follow each other.
+fn batch() -> impl Strategy<Value = Batch> {
+    let item = (1..1u64 << 20, 1..1u64 << 20, vec(any::<u8>(), 8..400));
+    let behind = (0..1u64 << 20, 0..1u64 << 20, any::<u64>());
+    (0..1u64 << 40, vec(item, 0..20), behind, summary()).prop_map(|(after, items, (rest, ahead, term), summary)| {
+        let mut position = Lsn(after);
+        let place = |(gap, length, stored): (u64, u64, Vec<u8>)| {
+            let start = position.advance(gap);
+            position = start.advance(length);
+            Item { start, end: position, stored }
+        };
+        let items: Vec<Item> = items.into_iter().map(place).collect();
+        let through = position.advance(rest).align8();
+        let (term, commit_lsn) = (Term(term), through.advance(ahead));
+        Batch {
+            after: Lsn(after),
+            through,
+            term,
+            commit_lsn,
+            summary: FrameSummary { record_end: through, ..summary },
+            items,
+        }
+    })
+}
+
+fn frames_of(batch: Batch) -> Vec<Vec<u8>> {
+    let mut frames = BatchFrames::new(batch);
+    std::iter::from_fn(|| frames.next_frame().expect("a batch within the limits")).collect()
+}
+
+/// Puts together what arrives in reads of `read_bytes`.
+fn assemble(stream: &[u8], read_bytes: usize) -> Vec<Batch> {
+    let (mut reader, mut assembler, mut batches) = (FrameReader::new(), BatchAssembler::new(), vec![]);
+    for bytes in stream.chunks(read_bytes) {
+        reader.feed(bytes);
+        while let Some(frame) = reader.next().expect("a valid stream") {
+            let message = decode(frame).expect("a valid message");
+            batches.extend(assembler.take(&message).expect("pieces that fit"));
+        }
+    }
+    batches
+}
+
 fn hello() -> impl Strategy<Value = Hello> {
     let purpose = prop_oneof![
         Just(Purpose::Propose),
         Just(Purpose::Peer),
-        lsn().prop_map(|begin_lsn| Purpose::Read { begin_lsn })
+        lsn().prop_map(|begin_lsn| Purpose::Read { begin_lsn }),
+        feed(),
     ];
     (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>(), purpose).prop_map(|(cluster, branch, system_id, purpose)| {
         let log = LogId { cluster: ClusterId(cluster), branch: BranchId(branch) };
@@ -211,6 +279,7 @@ fn error_code() -> impl Strategy<Value = ErrorCode> {
         Just(ErrorCode::WalDamaged),
         Just(ErrorCode::Stopping),
         Just(ErrorCode::Internal),
+        Just(ErrorCode::StaleGeneration),
         (1000..u16::MAX).prop_map(ErrorCode::Other),
     ]
 }
@@ -256,6 +325,26 @@ proptest! {
         assert_round_trip(&Message::AskBallot, cut);
         assert_round_trip(&Message::BallotAnswer(BallotAnswer { ballot, writer: WriterId(writer) }), cut);
         assert_round_trip(&Message::WalData(WalData { begin_lsn, commit_lsn, bytes: &bytes }), cut);
+    }
+
+    #[test]
+    fn messages_of_a_feed(
+        received in lsn(), behind: u64, batch in batch(), items in vec(any::<u8>(), 0..3000), more: u16, cut: usize,
+    ) {
+        let durable = Lsn(received.0 - behind % (received.0 + 1));
+        assert_round_trip(&Message::FeedProgress(FeedProgress { received, durable }), cut);
+        assert_round_trip(&Message::FeedItems(&items), cut);
+        let Batch { after, term, commit_lsn, summary, .. } = batch;
+        let items_bytes = items.len() as u64 + u64::from(more);
+        assert_round_trip(
+            &Message::FeedBatch(FeedBatch { after, term, commit_lsn, summary, items_bytes, items: &items }), cut,
+        );
+    }
+
+    #[test]
+    fn batches_arrive_as_they_were_sent(batches in vec(batch(), 0..4), read_bytes in 1..5000usize) {
+        let stream: Vec<u8> = batches.iter().flat_map(|batch| frames_of(batch.clone()).concat()).collect();
+        prop_assert_eq!(batches, assemble(&stream, read_bytes));
     }
 
     #[test]
@@ -410,4 +499,83 @@ fn unfolding_of_history_files_is_bounded() {
     let body = body_of(&Message::Proposer(ProposerMessage::Elected(elected), &[]));
     let refused = WireError::BadValue { field: "timeline.history_file" };
     assert_eq!(Err(refused), decode(Frame { message: MessageType::Elected, body: &body }));
+}
+
+fn long_batch(lengths: &[usize]) -> Batch {
+    let item = |(number, length): (usize, &usize)| Item {
+        start: Lsn(8 * number as u64 + 8),
+        end: Lsn(8 * number as u64 + 16),
+        stored: (0..*length).map(|at| (at * 7 + number) as u8).collect(),
+    };
+    let items: Vec<Item> = lengths.iter().enumerate().map(item).collect();
+    let through = Lsn(8 * lengths.len() as u64 + 8);
+    let summary = FrameSummary { record_end: through, ..FrameSummary::default() };
+    Batch { after: Lsn(8), through, term: Term(1), commit_lsn: through, summary, items }
+}
+
+/// Records of PostgreSQL may be longer than any frame, and an item's header may lie across two.
+#[test]
+fn items_longer_than_a_frame_are_cut_and_put_together() {
+    const MIB: usize = 1 << 20;
+    for lengths in [&[3 * MIB + 5, 8, 20][..], &[MIB - 20, 8], &[MIB - 30, 100], &[MIB - 19, 2 * MIB], &[MIB, MIB]] {
+        let batch = long_batch(lengths);
+        let frames = frames_of(batch.clone());
+        assert!(frames.len() > 1 && frames.iter().all(|frame| frame.len() < MIB + 1024), "{lengths:?}");
+        assert_eq!(vec![batch], assemble(&frames.concat(), 100_000));
+    }
+}
+
+/// What an assembler gets from a peer that does not keep to the protocol.
+#[test]
+fn pieces_that_do_not_fit_together_are_refused() {
+    let batch = long_batch(&[100, 100]);
+    let frame = frames_of(batch.clone()).concat();
+    let body = &frame[wire::append::HEADER_BYTES..];
+    let Ok(Message::FeedBatch(head)) = decode(Frame { message: MessageType::FeedBatch, body }) else { panic!() };
+    let refused = |messages: &[Message<'_>], field: &'static str| {
+        let mut assembler = BatchAssembler::new();
+        let (last, before) = messages.split_last().expect("a message");
+        for message in before {
+            assert_eq!(Ok(None), assembler.take(message));
+        }
+        let error = assembler.take(last).expect_err("pieces that do not fit");
+        assert!(
+            matches!(error, WireError::BadValue { field: found } | WireError::Truncated { field: found } if found == field),
+            "{error}"
+        );
+    };
+
+    refused(&[Message::FeedItems(head.items)], "feed.message");
+    refused(&[Message::AskBallot], "feed.message");
+    let half = FeedBatch { items: &head.items[..50], ..head };
+    refused(&[Message::FeedBatch(half), Message::FeedBatch(head)], "feed.message");
+    refused(&[Message::FeedBatch(half), Message::FeedItems(&[])], "feed.message");
+    refused(&[Message::FeedBatch(half), Message::FeedItems(head.items)], "batch.items_bytes");
+    let cut = FeedBatch { items: &head.items[..50], items_bytes: 50, ..head };
+    refused(&[Message::FeedBatch(cut)], "item");
+    let early = FeedBatch { summary: FrameSummary { record_end: Lsn(16), ..head.summary }, ..head };
+    refused(&[Message::FeedBatch(early)], "item.end");
+    let late = FeedBatch { after: Lsn(16), ..head };
+    refused(&[Message::FeedBatch(late)], "item.end");
+    let mut forged = head.items.to_vec();
+    forged[16..20].copy_from_slice(&u32::MAX.to_le_bytes());
+    refused(&[Message::FeedBatch(FeedBatch { items: &forged, ..head })], "item.length");
+}
+
+/// A greeting decides what a safekeeper computes with.
+#[test]
+fn feeds_of_no_shard_or_from_no_record_end_are_refused() {
+    let from = FrameSummary { record_end: Lsn(64), record_start: Lsn(24), ..FrameSummary::default() };
+    let greeting = |range, stripe_blocks, from| {
+        let purpose = Purpose::Feed { shard: ShardId(1), generation: ShardGeneration(1), range, stripe_blocks, from };
+        let body = body_of(&Message::Hello(Hello { log: LogId::default(), system_id: SystemId(1), purpose }));
+        decode(Frame { message: MessageType::Hello, body: &body }).map(|_| ())
+    };
+    assert_eq!(Ok(()), greeting(HashRange::ALL, 2048, from));
+    let bad = |field| Err(WireError::BadValue { field });
+    assert_eq!(bad("feed.end"), greeting(HashRange { begin: 5, end: 5 }, 2048, from));
+    assert_eq!(bad("feed.end"), greeting(HashRange { begin: 5, end: (1 << 32) + 1 }, 2048, from));
+    assert_eq!(bad("feed.stripe_blocks"), greeting(HashRange::ALL, 0, from));
+    assert_eq!(bad("feed.from"), greeting(HashRange::ALL, 2048, FrameSummary { record_end: Lsn(65), ..from }));
+    assert_eq!(bad("feed.from"), greeting(HashRange::ALL, 2048, FrameSummary { record_start: Lsn(64), ..from }));
 }

@@ -53,7 +53,7 @@ pub(super) fn take_ballot(fields: &mut Taker<'_>, field: &'static str) -> Result
     Ok(Ballot { term: Term(fields.u64(field)?), attempt: Attempt(fields.u32(field)?) })
 }
 
-fn put_summary(body: &mut Vec<u8>, summary: &FrameSummary) {
+pub(super) fn put_summary(body: &mut Vec<u8>, summary: &FrameSummary) {
     put_lsn(body, summary.record_end);
     put_lsn(body, summary.record_start);
     body.put_u32(summary.timeline.0);
@@ -61,7 +61,7 @@ fn put_summary(body: &mut Vec<u8>, summary: &FrameSummary) {
     body.put_i64(summary.commit_timestamp);
 }
 
-fn take_summary(fields: &mut Taker<'_>) -> Result<FrameSummary, WireError> {
+pub(super) fn take_summary(fields: &mut Taker<'_>) -> Result<FrameSummary, WireError> {
     Ok(FrameSummary {
         record_end: take_lsn(fields, "summary.record_end")?,
         record_start: take_lsn(fields, "summary.record_start")?,

@@ -40,6 +40,8 @@ pub enum MessageType {
     FetchWal = 0x20,
     /// Peer asks for the ballot, to learn a fence that it missed.
     AskBallot = 0x21,
+    /// Page server says how far it is.
+    FeedProgress = 0x30,
     /// Acceptor's first answer.
     Status = 0x90,
     /// Acceptor votes.
@@ -54,13 +56,17 @@ pub enum MessageType {
     WalData = 0xA0,
     /// The ballot, to a peer.
     BallotAnswer = 0xA1,
+    /// A batch for a shard, or the beginning of one.
+    FeedBatch = 0xA2,
+    /// More of a batch.
+    FeedItems = 0xA3,
     /// Why the connection ends.
     Error = 0xFF,
 }
 
 impl MessageType {
     /// Every type, for tests and fuzzing.
-    pub const ALL: [MessageType; 15] = [
+    pub const ALL: [MessageType; 18] = [
         MessageType::Hello,
         MessageType::Vote,
         MessageType::Elected,
@@ -68,6 +74,7 @@ impl MessageType {
         MessageType::CatchUp,
         MessageType::FetchWal,
         MessageType::AskBallot,
+        MessageType::FeedProgress,
         MessageType::Status,
         MessageType::Voted,
         MessageType::ElectedAccepted,
@@ -75,16 +82,21 @@ impl MessageType {
         MessageType::Refused,
         MessageType::WalData,
         MessageType::BallotAnswer,
+        MessageType::FeedBatch,
+        MessageType::FeedItems,
         MessageType::Error,
     ];
 
     /// Largest body that a frame of this type may have.
     pub const fn max_body_bytes(self) -> u32 {
         match self {
-            MessageType::Append | MessageType::WalData => MAX_WAL_BODY_BYTES,
+            MessageType::Append | MessageType::WalData | MessageType::FeedBatch | MessageType::FeedItems => {
+                MAX_WAL_BODY_BYTES
+            }
             MessageType::Hello
             | MessageType::FetchWal
             | MessageType::AskBallot
+            | MessageType::FeedProgress
             | MessageType::ElectedAccepted
             | MessageType::Appended
             | MessageType::BallotAnswer => MAX_SMALL_BODY_BYTES,

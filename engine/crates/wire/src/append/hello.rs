@@ -2,11 +2,12 @@
 
 use alloc::vec::Vec;
 
-use pgtypes::{BranchId, ClusterId, LogId, Lsn, SystemId};
+use layers::{HashRange, ShardGeneration, ShardId};
+use pgtypes::{BranchId, ClusterId, FrameSummary, LogId, Lsn, SystemId};
 
 use super::{
     WireError,
-    consensus_codec::{put_lsn, take_lsn},
+    consensus_codec::{put_lsn, put_summary, take_lsn, take_summary},
 };
 use crate::bytes::{Put, Taker};
 
@@ -40,6 +41,47 @@ pub enum Purpose {
         /// First byte wanted.
         begin_lsn: Lsn,
     },
+    /// A page server: `FeedBatch`es flow from `from` on, `FeedProgress` comes back. Both belong to version 1: a
+    /// safekeeper that does not know them refuses the greeting.
+    Feed {
+        /// Which shard.
+        shard: ShardId,
+        /// The subscriber's ownership of it. A lower one than the safekeeper has seen is refused
+        /// ([`super::ErrorCode::StaleGeneration`]); when the first batch comes, this one is durable there.
+        generation: ShardGeneration,
+        /// Its places in the hash space; the shard that begins with 0 gets the metadata. Not empty.
+        range: HashRange,
+        /// Blocks of a stripe, above 0.
+        stripe_blocks: u32,
+        /// The position that the subscriber has, a record end. All zeros: it does not know yet, and only registers its
+        /// generation; the answer is one empty batch at position 0, and the end of the stream.
+        from: FrameSummary,
+    },
+}
+
+/// The subscriber's position: a multiple of 8 with its record before it, or nothing at all.
+fn check_from(from: &FrameSummary) -> Result<(), WireError> {
+    let is_position = from.record_end.offset_in(8) == 0 && from.record_end > from.record_start;
+    match is_position || *from == FrameSummary::default() {
+        true => Ok(()),
+        false => Err(WireError::BadValue { field: "feed.from" }),
+    }
+}
+
+fn take_feed(fields: &mut Taker<'_>) -> Result<Purpose, WireError> {
+    let shard = ShardId(fields.u32("feed.shard")?);
+    let generation = ShardGeneration(fields.u64("feed.generation")?);
+    let range = HashRange { begin: fields.u64("feed.begin")?, end: fields.u64("feed.end")? };
+    if range.begin >= range.end || range.end > HashRange::ALL.end {
+        return Err(WireError::BadValue { field: "feed.end" });
+    }
+    let stripe_blocks = fields.u32("feed.stripe_blocks")?;
+    if stripe_blocks == 0 {
+        return Err(WireError::BadValue { field: "feed.stripe_blocks" });
+    }
+    let from = take_summary(fields)?;
+    check_from(&from)?;
+    Ok(Purpose::Feed { shard, generation, range, stripe_blocks, from })
 }
 
 impl Hello {
@@ -55,6 +97,15 @@ impl Hello {
             Purpose::Read { begin_lsn } => {
                 body.put_u8(3);
                 put_lsn(body, begin_lsn);
+            }
+            Purpose::Feed { shard, generation, range, stripe_blocks, from } => {
+                body.put_u8(4);
+                body.put_u32(shard.0);
+                body.put_u64(generation.0);
+                body.put_u64(range.begin);
+                body.put_u64(range.end);
+                body.put_u32(stripe_blocks);
+                put_summary(body, &from);
             }
         }
     }
@@ -74,6 +125,7 @@ impl Hello {
             1 => Purpose::Propose,
             2 => Purpose::Peer,
             3 => Purpose::Read { begin_lsn: take_lsn(fields, "begin_lsn")? },
+            4 => take_feed(fields)?,
             _ => return Err(WireError::BadValue { field: "purpose" }),
         };
         Ok(Hello { log: LogId { cluster, branch }, system_id, purpose })

@@ -6,7 +6,7 @@ use consensus::message::{AcceptorMessage, ProposerMessage};
 use pgtypes::{Ballot, Lsn, WriterId};
 
 use super::{
-    Frame, HEADER_BYTES, Hello, MAX_APPEND_BYTES, MessageType, WireError,
+    FeedBatch, FeedProgress, Frame, HEADER_BYTES, Hello, MAX_APPEND_BYTES, MessageType, WireError,
     consensus_codec::{
         put_acceptor_message, put_ballot, put_lsn, put_proposer_message, take_acceptor_message, take_ballot, take_lsn,
         take_proposer_message,
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::bytes::{Put, Taker};
 
-/// Any message. WAL is borrowed: from the frame when decoded.
+/// Any message. WAL and items are borrowed: from the frame when decoded.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Message<'a> {
     /// The greeting.
@@ -33,6 +33,12 @@ pub enum Message<'a> {
     WalData(WalData<'a>),
     /// The ballot for a peer.
     BallotAnswer(BallotAnswer),
+    /// A page server's progress.
+    FeedProgress(FeedProgress),
+    /// A batch for a shard, or the beginning of one.
+    FeedBatch(FeedBatch<'a>),
+    /// More of the items of a batch.
+    FeedItems(&'a [u8]),
     /// Why the sender closes the connection.
     Error(ErrorFrame),
 }
@@ -101,12 +107,14 @@ pub enum ErrorCode {
     Stopping,
     /// A fault of this safekeeper; its log says more.
     Internal,
+    /// The shard has a newer owner.
+    StaleGeneration,
     /// A code of a later version.
     Other(u16),
 }
 
 impl ErrorCode {
-    const KNOWN: [(u16, ErrorCode); 10] = [
+    const KNOWN: [(u16, ErrorCode); 11] = [
         (1, ErrorCode::BadMessage),
         (2, ErrorCode::WrongVersion),
         (3, ErrorCode::UnknownLog),
@@ -117,6 +125,7 @@ impl ErrorCode {
         (8, ErrorCode::WalDamaged),
         (9, ErrorCode::Stopping),
         (10, ErrorCode::Internal),
+        (11, ErrorCode::StaleGeneration),
     ];
 
     fn number(self) -> u16 {
@@ -153,12 +162,15 @@ impl Message<'_> {
             Message::AskBallot => MessageType::AskBallot,
             Message::WalData(_) => MessageType::WalData,
             Message::BallotAnswer(_) => MessageType::BallotAnswer,
+            Message::FeedProgress(_) => MessageType::FeedProgress,
+            Message::FeedBatch(_) => MessageType::FeedBatch,
+            Message::FeedItems(_) => MessageType::FeedItems,
             Message::Error(_) => MessageType::Error,
         }
     }
 }
 
-/// Appends the frame of `message` to `out`, *without* the WAL that it carries: send that right behind (one vectored
+/// Appends the frame of `message` to `out`, *without* the WAL or items that it carries: send that right behind (one vectored
 /// write), so that it is not copied. `out` is unchanged on error.
 ///
 /// # Errors
@@ -194,6 +206,8 @@ pub fn encode_to_vec(message: &Message<'_>) -> Result<Vec<u8>, WireError> {
     match message {
         Message::Proposer(_, payload) => out.put(payload),
         Message::WalData(data) => out.put(data.bytes),
+        Message::FeedBatch(batch) => out.put(batch.items),
+        Message::FeedItems(items) => out.put(items),
         _ => {}
     }
     Ok(out)
@@ -223,6 +237,12 @@ fn put_body<'a>(message: &Message<'a>, body: &mut Vec<u8>) -> Result<&'a [u8], W
         Message::BallotAnswer(answer) => {
             put_ballot(body, answer.ballot);
             body.put(&answer.writer.0);
+        }
+        Message::FeedProgress(progress) => progress.put(body),
+        Message::FeedBatch(batch) => return batch.put(body),
+        Message::FeedItems(items) => {
+            check_wal_length(items)?;
+            return Ok(items);
         }
         Message::Error(error) => {
             body.put_u16(error.code.number());
@@ -271,6 +291,13 @@ pub fn decode(frame: Frame<'_>) -> Result<Message<'_>, WireError> {
             ballot: take_ballot(&mut fields, "ballot")?,
             writer: WriterId(fields.array("writer")?),
         }),
+        MessageType::FeedProgress => Message::FeedProgress(FeedProgress::take(&mut fields)?),
+        MessageType::FeedBatch => Message::FeedBatch(FeedBatch::take(&mut fields)?),
+        MessageType::FeedItems => {
+            let items = fields.rest();
+            check_wal_length(items)?;
+            Message::FeedItems(items)
+        }
         MessageType::Error => {
             let code = ErrorCode::from_number(fields.u16("code")?);
             Message::Error(ErrorFrame { code, text: fields.text("text")? })
@@ -292,6 +319,6 @@ fn check_payload(message: &ProposerMessage, payload: &[u8]) -> Result<(), WireEr
     if expected == payload.len() as u64 { Ok(()) } else { Err(WireError::BadValue { field: "append.end_lsn" }) }
 }
 
-fn check_wal_length(bytes: &[u8]) -> Result<(), WireError> {
+pub(super) fn check_wal_length(bytes: &[u8]) -> Result<(), WireError> {
     if bytes.len() > MAX_APPEND_BYTES as usize { Err(WireError::BadValue { field: "wal" }) } else { Ok(()) }
 }
