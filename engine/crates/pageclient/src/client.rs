@@ -11,7 +11,6 @@ use driver::Event;
 use futures_util::future::{select, try_join_all};
 use layers::{Key, stripe_hash};
 use pgtypes::{Instant, Lsn};
-use wal::{Fork, RelFileLocator};
 use wire::{
     append::WireError,
     page::{PAGE_BYTES, PAGES_MAX, PageErrorCode, PageProgress},
@@ -19,7 +18,7 @@ use wire::{
 
 use crate::{
     config::{ClientConfig, ShardAddress},
-    error::{Cause, PageError, RequestName},
+    error::{BlockRead, Cause, PageError, RequestName},
     link::{Link, Setback},
     request::{Answer, Request},
     shard_map::{ShardMap, ShardMapError},
@@ -142,23 +141,14 @@ impl PageClient {
         Ok(())
     }
 
-    /// Reads blocks `first_block` up to `first_block + count` as of `request_lsn` ([`wire::page::NEWEST`] for the newest),
-    /// from servers that have ingested `not_modified_since`. Any `count` above 0; it is cut at stripes and at the limit of
-    /// a request, and the pieces are read at once.
+    /// Reads blocks. Any number of them above 0: they are cut at stripes and at the limit of a request, and the pieces are
+    /// read at once.
     ///
     /// # Errors
     /// Of the first piece that failed, or none answered before `deadline`. [`Cause::StaleTerm`] is for ever.
-    pub async fn get_pages(
-        &self,
-        relation: RelFileLocator,
-        fork: Fork,
-        first_block: u32,
-        count: u32,
-        request_lsn: Lsn,
-        not_modified_since: Lsn,
-        deadline: Instant,
-    ) -> Result<Pages, PageError> {
-        let name = || RequestName::Pages { relation, fork, first_block, count, request_lsn, not_modified_since };
+    pub async fn get_pages(&self, read: &BlockRead, deadline: Instant) -> Result<Pages, PageError> {
+        let BlockRead { relation, fork, request_lsn, not_modified_since, .. } = *read;
+        let name = || RequestName::Pages(*read);
         let piece = |first_block: u32, count: u16| async move {
             let stripe = self.shared.config.striping.stripe_of(first_block);
             let request = Request::Pages { relation, fork, first_block, count, request_lsn, not_modified_since };
@@ -167,17 +157,17 @@ impl PageClient {
                 answer => unreachable!("{answer:?} was not gathered for pages"),
             }
         };
-        if count == 0 || first_block.checked_add(count).is_none() {
+        if read.count == 0 || read.first_block.checked_add(read.count).is_none() {
             let cause = Cause::Request(WireError::BadValue { field: "count" });
             return Err(self.error(self.shared.map().link(0), &name, cause));
         }
-        let mut pieces = cut(first_block, count, self.shared.config.striping.stripe_blocks);
+        let mut pieces = cut(read.first_block, read.count, self.shared.config.striping.stripe_blocks);
         match (pieces.next(), pieces.next()) {
             (Some((first_block, count)), None) => piece(first_block, count).await,
             (first, second) => {
                 let pieces = first.into_iter().chain(second).chain(pieces);
                 let parts = try_join_all(pieces.map(|(first_block, count)| piece(first_block, count))).await?;
-                let mut pages = Pages { lsn: Lsn::MAX, bytes: Vec::with_capacity(count as usize * PAGE_BYTES) };
+                let mut pages = Pages { lsn: Lsn::MAX, bytes: Vec::with_capacity(read.count as usize * PAGE_BYTES) };
                 for part in parts {
                     pages.lsn = pages.lsn.min(part.lsn);
                     pages.bytes.extend_from_slice(&part.bytes);

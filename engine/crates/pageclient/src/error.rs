@@ -50,24 +50,28 @@ pub enum Cause {
     Request(#[from] WireError),
 }
 
+/// A read of blocks `first_block` up to `first_block + count`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockRead {
+    /// Of which relation.
+    pub relation: RelFileLocator,
+    /// Of which fork.
+    pub fork: Fork,
+    /// The first.
+    pub first_block: u32,
+    /// How many, above 0.
+    pub count: u32,
+    /// As of when; [`wire::page::NEWEST`] for the newest.
+    pub request_lsn: Lsn,
+    /// The blocks did not change between this position and `request_lsn`: a server that has ingested so much may answer.
+    pub not_modified_since: Lsn,
+}
+
 /// What was asked.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum RequestName {
     /// Blocks of a relation.
-    Pages {
-        /// Of which.
-        relation: RelFileLocator,
-        /// Of which fork.
-        fork: Fork,
-        /// The first.
-        first_block: u32,
-        /// How many.
-        count: u32,
-        /// As of when.
-        request_lsn: Lsn,
-        /// The server must have ingested so much.
-        not_modified_since: Lsn,
-    },
+    Pages(BlockRead),
     /// All lengths as of a position.
     Sizes(Lsn),
     /// All metadata as of a position.
@@ -83,7 +87,8 @@ pub enum RequestName {
 impl fmt::Display for RequestName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            RequestName::Pages { relation, fork, first_block, count, request_lsn, not_modified_since } => {
+            RequestName::Pages(read) => {
+                let BlockRead { relation, fork, first_block, count, request_lsn, not_modified_since } = read;
                 write!(f, "read relation {}/{}/{}", relation.tablespace, relation.database, relation.relation)?;
                 match fork {
                     Fork::Main => {}

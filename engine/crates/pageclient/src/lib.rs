@@ -19,6 +19,6 @@ mod sizes;
 
 pub use client::{Lease, Metadata, PageClient, Pages};
 pub use config::{ClientConfig, ShardAddress};
-pub use error::{Cause, PageError, RequestName};
+pub use error::{BlockRead, Cause, PageError, RequestName};
 pub use shard_map::ShardMapError;
 pub use sizes::{ForkLength, ForkLengths};
