@@ -7,6 +7,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod blocks;
+
 use core::sync::atomic::{
     AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release, Ordering::SeqCst,
 };
@@ -44,6 +46,10 @@ pub const EXIT_REFUSED: i32 = 78;
 /// Exit status of a PostgreSQL process that found its writer fenced or its agent gone. Anything but 0 and 1 is a crash
 /// to the postmaster, which then ends every other process (`HandleChildCrash`, postmaster.c).
 pub const EXIT_FENCED: i32 = 2;
+
+/// Longest delay of one WAL flush for backpressure, microseconds: a flush holds `WALWriteLock` and also stops readers
+/// that evict dirty buffers (`FlushBuffer`, bufmgr.c), so it is slowed and never stopped.
+pub const FLUSH_DELAY_US_MAX: u32 = 10_000;
 
 /// Size of a WAL page: `XLOG_BLCKSZ` of every packaged PostgreSQL. The agent compares it with `pg_control`.
 pub const WAL_PAGE_BYTES: u64 = 8192;
@@ -84,7 +90,11 @@ pub struct Area {
     /// Number of processes waiting on `settled_futex`; the agent skips the wake at 0. A process that is killed while it
     /// waits stays counted: that costs wakes without a sleeper, never a missed one.
     pub settled_waiters: AtomicU32,
-    reserved_settled: [u64; 6],
+    /// Backpressure: microseconds that a WAL flush is to be delayed (the library sleeps at most [`FLUSH_DELAY_US_MAX`] of
+    /// them). Set by the agent, in proportion to how far page servers lag; 0 is none.
+    pub flush_delay_us: AtomicU32,
+    reserved_delay: u32,
+    reserved_settled: [u64; 5],
     /// The read lease ends here: nanoseconds of `CLOCK_BOOTTIME`; 0 = none yet. Set by the agent.
     pub lease_until_ns: AtomicU64,
     /// Changes whenever the lease is renewed while somebody waits, or `fenced` or `role` changes: the futex of sends.
@@ -242,7 +252,9 @@ mod tests {
             settled_sequence: AtomicU64::new(0),
             settled_futex: AtomicU32::new(0),
             settled_waiters: AtomicU32::new(0),
-            reserved_settled: [0; 6],
+            flush_delay_us: AtomicU32::new(0),
+            reserved_delay: 0,
+            reserved_settled: [0; 5],
             lease_until_ns: AtomicU64::new(0),
             lease_futex: AtomicU32::new(0),
             lease_waiters: AtomicU32::new(0),
@@ -270,6 +282,7 @@ mod tests {
             (128, offset_of!(Area, settled_sequence)),
             (136, offset_of!(Area, settled_futex)),
             (140, offset_of!(Area, settled_waiters)),
+            (144, offset_of!(Area, flush_delay_us)),
             (192, offset_of!(Area, lease_until_ns)),
             (200, offset_of!(Area, lease_futex)),
             (204, offset_of!(Area, lease_waiters)),
