@@ -1,13 +1,14 @@
-"""A lakebase of real processes on this machine: safekeepers, and one writer after the other.
+"""A lakebase of real processes on this machine: safekeepers, page servers, and one writer after the other.
 
     with LocalCluster() as cluster:
         writer = cluster.start_writer()
         with writer.connect() as connection: ...
         cluster.safekeepers[0].kill()
-        writer = cluster.replace_writer()
+        writer = cluster.start_writer()
 
-Leaving the block ends all processes by their ids, fails if any was left over by an agent that ended, and fails
-if a log reports trouble that the test did not announce with `expect_log`.
+With `page_service` writers start on an empty disk and read pages from page servers, otherwise from a base backup. Leaving
+the block ends all processes by their ids, fails if any was left over by an agent that ended, and fails if a log reports
+trouble that the test did not announce with `expect_log`.
 """
 
 import os
@@ -29,6 +30,7 @@ from lakebase_testing.admin import AdminClient, Json
 from lakebase_testing.certificates import Authority, Credentials
 from lakebase_testing.environment import environment, give_to_postgres, is_root, scratch
 from lakebase_testing.faults import without_io_uring
+from lakebase_testing.page_service import PageServer, PageServiceSettings, compute_section, storage_url
 from lakebase_testing.ports import free_port
 from lakebase_testing.postgres import Connection, base_backup
 from lakebase_testing.process import Process
@@ -166,12 +168,14 @@ class Writer:
             for sk in cluster.safekeepers
         )
         user = f'user = "{environment().postgres_user}"' if cluster.user is None and is_root() else ""
+        base = f'base_backup = "{cluster.base_backup}"' if cluster.page_service is None else ""
+        pages = compute_section(cluster.page_service, cluster.page_servers) if cluster.page_service else ""
         return f"""
 cluster = "{cluster.id}"
 branch = "{cluster.branch}"
 writer = "{self.id}"
 data_dir = "{self.data}"
-base_backup = "{cluster.base_backup}"
+{base}
 lease_wait_timeout = "{cluster.lease_wait_timeout}"
 
 [postgres]
@@ -185,6 +189,7 @@ vfs_library = "{environment().vfs}"
 {parameters}
 
 {members}
+{pages}
 [listen]
 admin = "127.0.0.1:{self.admin_port}"
 metrics = "127.0.0.1:{self.metrics_port}"
@@ -245,7 +250,7 @@ metrics = "127.0.0.1:{self.metrics_port}"
 
 
 class LocalCluster:
-    """Safekeepers, an operator's certificate, and writers."""
+    """Safekeepers, page servers, an operator's certificate, and writers."""
 
     def __init__(
         self,
@@ -258,8 +263,12 @@ class LocalCluster:
         headroom: str = "16MiB",
         lease_wait_timeout: str = "60s",
         backup: Path | None = None,
+        page_service: PageServiceSettings | None = None,
     ) -> None:
         """Describes a cluster; entering the `with` block starts its safekeepers and creates its log.
+
+        backup: what it begins with, a cleanly shut down PGDATA. page_service: it is imported, page servers are started, too,
+        and writers start on an empty disk; without, each writer starts from a copy of it.
 
         user: whom all processes run as (only as root); wrapper: command line put before each of them. With
         LAKEBASE_FORBID_IO_URING=1 in the environment, io_uring is forbidden to all of them.
@@ -284,10 +293,16 @@ class LocalCluster:
         self.authority = Authority(self.directory / "certificates", self.id) if tls else None
         self.operator = self.authority.issue("operator", "operator") if self.authority else None
         (self.directory / "users").touch()
+        self.page_service = page_service
+        self.object_storage = "" if page_service is None else storage_url(page_service.object_storage, self.directory)
+        self.page_servers: list[PageServer] = []
         self.safekeepers: list[Safekeeper] = []
         self._all_safekeepers: list[Safekeeper] = []
         for _ in range(members):
             self.add_safekeeper()
+        if page_service is not None:
+            shards = range(page_service.shards)
+            self.page_servers = [PageServer(self, NAME, shard, page_service) for shard in shards]
 
     # --- Life ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +312,13 @@ class LocalCluster:
                 safekeeper.process.start()
             for safekeeper in self.safekeepers:
                 safekeeper.wait_ready()
+            if self.page_service is not None:
+                self.import_backup(self.page_service)
             self.create_log()
+            for page_server in self.page_servers:
+                page_server.start()
+            for page_server in self.page_servers:
+                page_server.wait_ready()
         except BaseException:
             self._end_processes()
             raise
@@ -330,6 +351,7 @@ class LocalCluster:
         return [
             *(writer.process for writer in self.writers),
             *self.processes,
+            *(page_server.process for page_server in self.page_servers),
             *(safekeeper.process for safekeeper in self._all_safekeepers),
         ]
 
@@ -391,13 +413,15 @@ class LocalCluster:
         """Path of the cluster's log on an admin port."""
         return f"/v1/logs/{self.id}/{self.branch}"
 
-    def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs `lakebase ARGUMENTS` with the operator's certificate; returns status and output."""
-        tls: list[str] = []
-        if self.authority is not None and self.operator is not None:
-            tls = ["--tls-dir", str(self.authority.directory), "--tls-name", self.operator.name]
-        line = [str(environment().lakebase), *arguments, *tls]
-        result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    def command(
+        self, *arguments: str, check: bool = True, tls: bool = True, timeout_seconds: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `lakebase ARGUMENTS`, with the operator's certificate unless `tls` is unset; returns status and output."""
+        certificate: list[str] = []
+        if tls and self.authority is not None and self.operator is not None:
+            certificate = ["--tls-dir", str(self.authority.directory), "--tls-name", self.operator.name]
+        line = [str(environment().lakebase), *arguments, *certificate]
+        result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=timeout_seconds)
         assert not check or result.returncode == 0, f"{' '.join(line)}:\n{result.stdout}{result.stderr}"
         return result
 
@@ -413,11 +437,20 @@ class LocalCluster:
         """The command-line arguments that name the cluster's log."""
         return ["--cluster", self.id, "--branch", self.branch]
 
-    def create_log(self) -> None:
-        """Creates the log on all safekeepers, from the base backup."""
+    def import_backup(self, settings: PageServiceSettings) -> None:
+        """Makes the cluster's first layers out of the base backup."""
         self.command(
-            "log", "create", *self.safekeeper_arguments(), *self.log_arguments(), "--base-backup", str(self.base_backup)
-        )
+            "import", "--from-pgdata", str(self.base_backup), "--object-storage", self.object_storage,
+            *self.log_arguments(), "--shards", str(settings.shards), "--stripe-blocks", str(settings.stripe_blocks),
+            tls=False, timeout_seconds=600,
+        )  # fmt: skip
+
+    def create_log(self) -> None:
+        """Creates the log on all safekeepers, from the base backup or from what was imported."""
+        source = ["--base-backup", str(self.base_backup)]
+        if self.page_service is not None:
+            source = ["--from-store", self.object_storage]
+        self.command("log", "create", *self.safekeeper_arguments(), *self.log_arguments(), *source)
 
     def fence(self, term: int, writer: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Fences all earlier writers: `term` belongs to `writer` from now on."""
@@ -447,6 +480,13 @@ class LocalCluster:
         self.grant(writer)
         writer.wait_running(timeout_seconds)
         return writer
+
+    def restart_page_server(self, page_server: PageServer, *, disk: bool) -> None:
+        """Starts an ended page server as the next generation of its shard, with its local files or without."""
+        if not disk:
+            page_server.lose_disk()
+        page_server.start()
+        page_server.wait_ready()
 
     def restart_writer(self, writer: Writer, timeout_seconds: float = 60) -> None:
         """Starts an ended compute again: same writer, same term, next attempt."""

@@ -185,6 +185,18 @@ def promoted_backup(directory: Path, promotions: int) -> Path:
     return server.data
 
 
+def value(connection: Connection, statement: str) -> object:
+    """Returns the only column of a statement's only row."""
+    row = connection.execute(statement.encode()).fetchone()
+    assert row is not None, f"{statement}: no row"
+    return row[0]
+
+
+def number(connection: Connection, statement: str) -> int:
+    """Returns the number that is the only column of a statement's only row."""
+    return int(str(value(connection, statement)))
+
+
 def parse_lsn(text: str) -> int:
     """Parses `HIGH/LOW`."""
     high, low = text.split("/")

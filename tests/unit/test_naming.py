@@ -14,6 +14,7 @@ DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 def test_members_are_named_after_their_cluster() -> None:
     """One grep for the cluster's name finds all of its members."""
     assert naming.safekeeper("demo", 0) == "demo-sk-0"
+    assert naming.page_server("demo", 3) == "demo-ps-3"
     assert naming.compute("demo", 2) == "demo-2"
 
 
@@ -33,7 +34,7 @@ def test_ordinals_count_from_zero() -> None:
 @given(st.from_regex(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", fullmatch=True), st.integers(0, 10_000))
 def test_every_member_name_is_a_dns_label(cluster: str, ordinal: int) -> None:
     """Names become host names in certificates and Kubernetes objects."""
-    for name in (naming.safekeeper(cluster, ordinal), naming.compute(cluster, ordinal)):
+    for name in (kind(cluster, ordinal) for kind in (naming.safekeeper, naming.page_server, naming.compute)):
         assert DNS_LABEL.fullmatch(name)
 
 

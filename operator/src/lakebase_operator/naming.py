@@ -32,6 +32,11 @@ def safekeeper(cluster: str, ordinal: int) -> str:
     return _member(cluster, "sk-", ordinal)
 
 
+def page_server(cluster: str, shard: int) -> str:
+    """Returns the name of a page server, `demo-ps-0`: process, certificate, later pod and volume claim."""
+    return _member(cluster, "ps-", shard)
+
+
 def compute(cluster: str, ordinal: int) -> str:
     """Returns the name of a compute, `demo-0`: agent, certificate, later pod."""
     return _member(cluster, "", ordinal)
