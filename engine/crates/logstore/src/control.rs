@@ -9,13 +9,17 @@ use consensus::{
     AcceptorIdentity, AcceptorState, Configuration, Member, TermEntry, TermHistory, TimelineHistory,
     message::TimelineEntry,
 };
+use layers::{ShardGeneration, ShardId};
 use pgtypes::{
     Attempt, Ballot, BranchId, ClusterId, DiskId, FrameSummary, Generation, Incarnation, LogId, Lsn, MemberId,
     PgTimeline, SystemId, Term, WriterId,
 };
 use thiserror::Error;
 
-use crate::segment::BLOCK_BYTES;
+use crate::{
+    segment::BLOCK_BYTES,
+    shards::{SHARDS_MAX, Shard},
+};
 
 /// Largest control file: a history of about 100,000 elections and promotions.
 pub const CONTROL_BYTES_MAX: usize = 16 << 20;
@@ -27,7 +31,11 @@ pub const CONSUMERS_MAX: usize = 256;
 pub const CONSUMER_NAME_BYTES_MAX: usize = 64;
 
 const MAGIC: [u8; 8] = *b"LBLOGCTL";
-const VERSION: u32 = 1;
+/// Without shards. Still written where there are none, so that an earlier program can go on with the log.
+const VERSION_WITHOUT_SHARDS: u32 = 1;
+const VERSION: u32 = 2;
+/// Bytes of a shard: number, generation, position.
+const SHARD_BYTES: usize = 20;
 /// Magic, version, length, sequence.
 const HEADER_BYTES: usize = 24;
 const CRC_BYTES: usize = 4;
@@ -60,6 +68,8 @@ pub struct ControlFile {
     pub sealed_lsn: Lsn,
     /// Sorted by name.
     pub consumers: Vec<Consumer>,
+    /// Sorted by number. Empty in version 1.
+    pub shards: Vec<Shard>,
 }
 
 /// Why a copy of a control file is not usable.
@@ -69,7 +79,7 @@ pub enum ControlError {
     #[error("not a control file, or a damaged one")]
     Damaged,
     /// The format of another version of this program.
-    #[error("control file has format version {0}, this program knows 1")]
+    #[error("control file has format version {0}, this program knows 1 and 2")]
     Version(u32),
     /// The checksum matches but the contents contradict themselves.
     #[error("control file contradicts itself: {0}")]
@@ -81,7 +91,7 @@ impl ControlFile {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(512);
         out.extend_from_slice(&MAGIC);
-        put_u32(&mut out, VERSION);
+        put_u32(&mut out, if self.shards.is_empty() { VERSION_WITHOUT_SHARDS } else { VERSION });
         put_u32(&mut out, 0);
         put_u64(&mut out, self.sequence);
 
@@ -129,6 +139,14 @@ impl ControlFile {
             put_text(&mut out, &consumer.name);
             put_u64(&mut out, consumer.confirmed_lsn.0);
         }
+        if !self.shards.is_empty() {
+            put_count(&mut out, self.shards.len());
+            for shard in &self.shards {
+                put_u32(&mut out, shard.shard.0);
+                put_u64(&mut out, shard.generation.0);
+                put_u64(&mut out, shard.durable_lsn.0);
+            }
+        }
 
         let length = (out.len() + CRC_BYTES) as u32;
         out[12..16].copy_from_slice(&length.to_le_bytes());
@@ -157,7 +175,7 @@ impl ControlFile {
         if wal::crc32c(0, checked).to_le_bytes() != crc {
             return Err(ControlError::Damaged);
         }
-        if version != VERSION {
+        if !(VERSION_WITHOUT_SHARDS..=VERSION).contains(&version) {
             return Err(ControlError::Version(version));
         }
         let mut input = Input { rest: &checked[HEADER_BYTES..] };
@@ -184,6 +202,7 @@ impl ControlFile {
             timelines: input.timelines()?,
         };
         let consumers = input.consumers()?;
+        let shards = if version == VERSION_WITHOUT_SHARDS { Vec::new() } else { input.shards()? };
         if !input.rest.is_empty() {
             return Err(ControlError::Invalid("bytes behind the last field"));
         }
@@ -196,6 +215,7 @@ impl ControlFile {
             oldest_lsn,
             sealed_lsn,
             consumers,
+            shards,
         };
         file.check()?;
         Ok(file)
@@ -216,6 +236,7 @@ impl ControlFile {
         let store = self.store_segment_bytes;
         holds(store.is_power_of_two() && store >= 2 * BLOCK_BYTES, "segment size of the store")?;
         holds(self.sealed_lsn.offset_in(store) == 0, "sealed position")?;
+        holds(self.shards.is_sorted_by(|a, b| a.shard < b.shard), "shards")?;
         holds(self.acceptor.history.is_ordered(), "term history")?;
         holds(self.acceptor.timelines.is_ordered(), "timelines")
     }
@@ -439,6 +460,23 @@ impl<'a> Input<'a> {
         }
         Ok(consumers)
     }
+
+    fn shards(&mut self) -> Result<Vec<Shard>, ControlError> {
+        let count = self.count(SHARD_BYTES)?;
+        // Version 1 says it with fewer bytes: nothing is written in two ways.
+        if count == 0 || count > SHARDS_MAX {
+            return Err(ControlError::Invalid("number of shards"));
+        }
+        let mut shards = Vec::with_capacity(count);
+        for _ in 0..count {
+            shards.push(Shard {
+                shard: ShardId(self.u32()?),
+                generation: ShardGeneration(self.u64()?),
+                durable_lsn: Lsn(self.u64()?),
+            });
+        }
+        Ok(shards)
+    }
 }
 
 #[cfg(test)]
@@ -508,16 +546,44 @@ pub(crate) mod tests {
             oldest_lsn: Lsn(0x300_0000),
             sealed_lsn: Lsn(0x300_0000),
             consumers: vec![Consumer { name: "standby".into(), confirmed_lsn: Lsn(0x300_0008) }],
+            shards: vec![],
         }
+    }
+
+    fn example_with_shards() -> ControlFile {
+        let shard = |number, generation| Shard {
+            shard: ShardId(number),
+            generation: ShardGeneration(generation),
+            durable_lsn: Lsn(0x300_0010),
+        };
+        ControlFile { shards: vec![shard(0, 1), shard(3, 1 << 40)], ..example() }
     }
 
     #[test]
     fn control_file_round_trips_with_padding_behind() {
-        let file = example();
-        let mut bytes = file.encode();
-        assert_eq!(Ok(file.clone()), ControlFile::decode(&bytes));
-        bytes.resize(bytes.len().next_multiple_of(4096), 0);
-        assert_eq!(Ok(file), ControlFile::decode(&bytes));
+        for file in [example(), example_with_shards()] {
+            let mut bytes = file.encode();
+            assert_eq!(Ok(file.clone()), ControlFile::decode(&bytes));
+            bytes.resize(bytes.len().next_multiple_of(4096), 0);
+            assert_eq!(Ok(file), ControlFile::decode(&bytes));
+        }
+    }
+
+    /// Version 2 is version 1 with shards behind the consumers; files without shards stay what they were, so that logs of an
+    /// earlier program are read, and it can go on with logs that no page server reads.
+    #[test]
+    fn version_2_is_version_1_and_shards() {
+        let (first, second) = (example().encode(), example_with_shards().encode());
+        assert_eq!([2, 0, 0, 0], second[8..12]);
+        assert_eq!(first[16..first.len() - 4], second[16..first.len() - 4]);
+        let shards = &second[first.len() - 4..second.len() - 4];
+        let mut expected = vec![2, 0, 0, 0];
+        for (number, generation) in [(0u32, 1u64), (3, 1 << 40)] {
+            expected.extend_from_slice(&number.to_le_bytes());
+            expected.extend_from_slice(&generation.to_le_bytes());
+            expected.extend_from_slice(&0x300_0010u64.to_le_bytes());
+        }
+        assert_eq!(expected, shards);
     }
 
     /// Fixes the bytes of version 1: a change here is a change of the format.
@@ -545,7 +611,7 @@ pub(crate) mod tests {
 
     #[test]
     fn every_changed_bit_is_noticed() {
-        let bytes = example().encode();
+        let bytes = example_with_shards().encode();
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();
             changed[at] ^= 1;
@@ -581,7 +647,7 @@ pub(crate) mod tests {
     fn copy_of_a_newer_version_is_never_overruled_by_an_old_one() {
         let old = example().encode();
         let mut newer = old.clone();
-        newer[8] = 2;
+        newer[8] = 3;
         let crc_at = newer.len() - 4;
         let crc = wal::crc32c(0, &newer[..crc_at]);
         newer[crc_at..].copy_from_slice(&crc.to_le_bytes());
@@ -612,7 +678,7 @@ pub(crate) mod tests {
         fn garbage_behind_a_valid_checksum_is_an_error_or_a_file(
             changes in proptest::collection::vec((24usize..600, any::<u8>()), 1..8),
         ) {
-            let mut bytes = example().encode();
+            let mut bytes = example_with_shards().encode();
             let crc_at = bytes.len() - 4;
             for (at, value) in changes {
                 bytes[at % crc_at.max(25)] = value;

@@ -17,6 +17,7 @@ mod planner;
 mod recovery;
 mod segment;
 mod segment_list;
+mod shards;
 mod truncation;
 
 pub use buffer::{Buffer, WRITE_BYTES_MAX};
@@ -33,3 +34,4 @@ pub use segment::{
     parse_segment_file_name, segment_file_name, verify_segment,
 };
 pub use segment_list::SegmentView;
+pub use shards::{SHARDS_MAX, Shard, ShardError};

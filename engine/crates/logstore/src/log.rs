@@ -17,6 +17,7 @@ use consensus::{
     Acceptor, AcceptorCommand, AcceptorIdentity, AcceptorState, Configuration,
     message::{AcceptorStatus, Append, ProposerMessage, Refusal},
 };
+use layers::{ShardGeneration, ShardId};
 use pgtypes::{Ballot, FrameSummary, Instant, Lsn, Term, WriterId};
 use wal::Scanner;
 
@@ -28,6 +29,7 @@ use crate::{
     planner::Planner,
     segment::{BLOCK_BYTES, Geometry, TRAILER_BYTES, Trailer},
     segment_list::{SegmentList, SegmentView},
+    shards::{Shard, ShardError, Shards, Urgency},
     truncation::{Step, Truncation},
 };
 
@@ -107,6 +109,8 @@ pub struct LogStatus {
     pub damaged: Vec<Lsn>,
     /// Who follows the log.
     pub consumers: Vec<Consumer>,
+    /// For which shards WAL is kept.
+    pub shards: Vec<Shard>,
     /// What was found at the start is synced, promises can be given.
     pub ready: bool,
     /// Appends are refused until space returns.
@@ -173,6 +177,8 @@ pub struct Log {
     segments: SegmentList,
     control: ControlWriter,
     consumers: Vec<Consumer>,
+    shards: Shards,
+    /// Of consumers and shards.
     consumers_version: u64,
 
     /// Record ends that are accepted but not durable.
@@ -225,6 +231,7 @@ pub(crate) struct Start {
     pub(crate) oldest_lsn: Lsn,
     pub(crate) segments: SegmentList,
     pub(crate) consumers: Vec<Consumer>,
+    pub(crate) shards: Vec<Shard>,
     pub(crate) control_sequence: u64,
     pub(crate) control_copy: Option<u8>,
     pub(crate) control_durable: bool,
@@ -267,6 +274,7 @@ impl Log {
                 oldest_lsn: start.record_end,
                 segments,
                 consumers: Vec::new(),
+                shards: Vec::new(),
                 control_sequence: 0,
                 control_copy: None,
                 control_durable: false,
@@ -302,6 +310,7 @@ impl Log {
             segments: start.segments,
             control: ControlWriter::new(start.control_sequence, start.control_copy, durable),
             consumers: start.consumers,
+            shards: Shards(start.shards),
             consumers_version: 0,
             marks: VecDeque::new(),
             scan_candidates: VecDeque::new(),
@@ -404,6 +413,7 @@ impl Log {
             sealed_lsn: self.segments.sealed_lsn(),
             damaged: self.segments.damaged(),
             consumers: self.consumers.clone(),
+            shards: self.shards.0.clone(),
             ready: self.is_ready(),
             disk_full: self.is_disk_full(),
             disk_failed: self.failed,
@@ -532,12 +542,68 @@ impl Log {
         known.is_some()
     }
 
-    /// Version of the consumers: raised by each change.
+    /// Registers the owner of a shard, which is written at once ([`Log::consumers_durable`]). A shard that is new here needs
+    /// everything that is still held.
+    ///
+    /// # Errors
+    /// The shard has a newer owner, or there are too many; nothing was changed.
+    pub fn register_shard(
+        &mut self,
+        shard: ShardId,
+        generation: ShardGeneration,
+        now: Instant,
+    ) -> Result<(), ShardError> {
+        self.tick(now);
+        let urgency = self.shards.register(shard, generation, self.oldest_lsn)?;
+        self.shards_changed(urgency);
+        Ok(())
+    }
+
+    /// A shard needs nothing below `durable_lsn`; durable within 10 s. Moving back changes nothing.
+    ///
+    /// # Errors
+    /// The owner is not the one that registered last; nothing was changed.
+    pub fn confirm_shard(
+        &mut self,
+        shard: ShardId,
+        generation: ShardGeneration,
+        durable_lsn: Lsn,
+        now: Instant,
+    ) -> Result<(), ShardError> {
+        self.tick(now);
+        let urgency = self.shards.confirm(shard, generation, durable_lsn)?;
+        self.shards_changed(urgency);
+        Ok(())
+    }
+
+    /// Forgets a shard, for which WAL is held no longer. Returns whether it was known.
+    pub fn remove_shard(&mut self, shard: ShardId, now: Instant) -> bool {
+        self.tick(now);
+        let urgency = self.shards.remove(shard);
+        self.shards_changed(urgency);
+        urgency != Urgency::Never
+    }
+
+    /// For which shards WAL is kept, sorted by number.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards.0
+    }
+
+    fn shards_changed(&mut self, urgency: Urgency) {
+        if urgency != Urgency::Never {
+            self.consumers_version += 1;
+        }
+        if urgency == Urgency::AtOnce {
+            self.control.demand();
+        }
+    }
+
+    /// Version of the consumers and shards: raised by each change.
     pub fn consumers_version(&self) -> u64 {
         self.consumers_version
     }
 
-    /// Whether the consumers as of `version` are durable.
+    /// Whether the consumers and shards as of `version` are durable.
     pub fn consumers_durable(&self, version: u64) -> bool {
         self.control.durable().is_some_and(|durable| durable.consumers_version >= version)
     }
@@ -885,6 +951,7 @@ impl Log {
             oldest_lsn: self.oldest_lsn,
             sealed_lsn: self.segments.sealed_lsn(),
             consumers: self.consumers.clone(),
+            shards: self.shards.0.clone(),
         };
         let op = self.begin_op(Purpose::Control);
         let copy = self.control.begin(op, self.contents());

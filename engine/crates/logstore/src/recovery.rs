@@ -148,6 +148,7 @@ impl Log {
             oldest_lsn: file.oldest_lsn,
             segments,
             consumers: file.consumers,
+            shards: file.shards,
             control_sequence: file.sequence,
             control_copy: Some(copy),
             control_durable: !differ,

@@ -5,8 +5,10 @@
 mod support;
 
 use consensus::message::{AcceptorMessage, Refusal};
+use layers::{ShardGeneration, ShardId};
 use logstore::{
-    Geometry, ReadError, Reader, RecoverError, SEGMENT_BYTES, SegmentError, UNDURABLE_BYTES_MAX, verify_segment,
+    Geometry, ReadError, Reader, RecoverError, SEGMENT_BYTES, SegmentError, Shard, ShardError, UNDURABLE_BYTES_MAX,
+    verify_segment,
 };
 use pgtypes::{Instant, Lsn};
 use support::*;
@@ -678,6 +680,38 @@ fn consumers_survive_a_restart() {
     assert_eq!(next, node.log.consumers()[0].confirmed_lsn);
     assert!(node.log.remove_consumer("standby", node.now));
     assert!(node.log.consumers().is_empty());
+}
+
+/// The owner of a shard starts to work when its generation is durable on a majority: a safekeeper that forgot it would let
+/// an older one go on.
+#[test]
+fn the_newest_owner_of_a_shard_survives_a_restart() {
+    let mut node = Node::ready(SMALL);
+    let (shard, older, newer) = (ShardId(3), ShardGeneration(1), ShardGeneration(2));
+    node.log.register_shard(shard, newer, node.now).unwrap();
+    let version = node.log.consumers_version();
+    assert!(!node.log.consumers_durable(version));
+    node.settle();
+    assert_eq!(["control 0", "control 1"], *node.trace);
+    assert!(node.log.consumers_durable(version));
+    node.restart();
+    let known = Shard { shard, generation: newer, durable_lsn: START };
+    assert_eq!([known], node.log.shards());
+    assert_eq!(Err(ShardError::StaleGeneration { known }), node.log.register_shard(shard, older, node.now));
+    assert_eq!(Ok(()), node.log.register_shard(shard, newer, node.now));
+
+    let next = START.advance(8);
+    node.trace.clear();
+    node.log.confirm_shard(shard, newer, next, node.now).unwrap();
+    node.settle();
+    assert!(node.trace.is_empty(), "nobody waits for it: {:?}", node.trace);
+    node.now = node.log.poll_timeout().unwrap();
+    node.log.handle_timeout(node.now);
+    node.settle();
+    node.restart();
+    assert_eq!([Shard { durable_lsn: next, ..known }], node.log.shards());
+    assert!(node.log.remove_shard(shard, node.now));
+    assert!(!node.log.remove_shard(shard, node.now));
 }
 
 #[test]
