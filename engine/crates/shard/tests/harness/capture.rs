@@ -1,0 +1,157 @@
+//! One life of a PostgreSQL server: the files that it began with, its WAL, and the files that it left.
+
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
+
+use filter::{Cutter, Routed, Router};
+use layers::{HashRange, Striping};
+use pgtypes::{FrameSummary, Lsn, PgTimeline, Term};
+use wal::{Decoder, RECORD_BYTES_MAX, Scanner};
+
+use super::files::Files;
+use crate::{
+    postgres::{Postgres, Server, output},
+    workload,
+};
+
+/// Small enough that relations of a test have many stripes.
+pub const STRIPING: Striping = Striping { stripe_blocks: 64 };
+
+pub struct Capture {
+    pub base: Files,
+    pub end: Files,
+    /// Bytes from the start of a segment on.
+    pub wal: (Lsn, Vec<u8>),
+    pub segment_bytes: u64,
+    /// What the log adds up to at the end of the base.
+    pub from: FrameSummary,
+    /// Resource manager that says how to mask pages, by database and file number (`pg_class`, `pg_am`).
+    pub access_methods: BTreeMap<(u32, u32), u8>,
+}
+
+impl Capture {
+    pub fn take(name: &str, settings: &str, workload: &dyn Fn(&Postgres, &mut Server<'_>)) -> Capture {
+        let postgres = Postgres::find();
+        let directory = postgres.directory();
+        let mut server = postgres.initdb(&directory, name, &["--data-checksums", "--wal-segsize=4"]);
+        server.append_configuration(settings);
+        workload::move_on(&postgres, &server);
+        // `pg_resetwal` says that WAL was minimal.
+        server.start();
+        server.script("update pg_database set datallowconn = true where datname = 'template0'");
+        server.stop("fast");
+        let base = Files::load(&server.data);
+
+        server.start();
+        workload(&postgres, &mut server);
+        let access_methods = access_methods(&server);
+        server.stop("fast");
+        output(postgres.command("pg_checksums").arg("--check").arg("-D").arg(&server.data));
+
+        let wal = read_wal(&server.data.join("pg_wal"), &base);
+        let segment_bytes = u64::from(base.control.segment_bytes);
+        let from = summary_of_base(&base, &wal, segment_bytes);
+        Capture { end: Files::load(&server.data), base, wal, segment_bytes, from, access_methods }
+    }
+
+    /// Everything that some shard needs of the WAL.
+    pub fn records(&self) -> Vec<Routed> {
+        let mut router = Router::new(self.from, self.segment_bytes, STRIPING);
+        let (start, bytes) = &self.wal;
+        let mut rest = &bytes[self.from.record_end.bytes_since(*start) as usize..];
+        let mut records = Vec::new();
+        while !rest.is_empty() {
+            // Behind the end lie zeros, or an old segment.
+            let Ok(taken) = router.feed(rest) else { break };
+            rest = &rest[taken..];
+            records.extend(router.poll());
+        }
+        records
+    }
+}
+
+/// Batches of one shard that are cut where `is_cut` says, after each record.
+pub fn batches(
+    from: FrameSummary,
+    records: &[Routed],
+    range: HashRange,
+    mut is_cut: impl FnMut() -> bool,
+    mut each: impl FnMut(filter::Batch),
+) {
+    let mut cutter = Cutter::new(from, range, STRIPING);
+    for record in records {
+        cutter.push(record);
+        if is_cut() {
+            each(cutter.take_batch(record.summary.record_end, Term(1)).expect("a record has ended"));
+        }
+    }
+    let end = cutter.through();
+    cutter.take_batch(end, Term(1)).into_iter().for_each(each);
+}
+
+fn segment_name(segment: u64, segment_bytes: u64) -> String {
+    let per_id = (1 << 32) / segment_bytes;
+    format!("00000001{:08X}{:08X}", segment / per_id, segment % per_id)
+}
+
+fn read_wal(directory: &Path, base: &Files) -> (Lsn, Vec<u8>) {
+    let segment_bytes = u64::from(base.control.segment_bytes);
+    let start = base.control.checkpoint_lsn.floor(segment_bytes);
+    let mut wal = Vec::new();
+    for segment in start.0 / segment_bytes.. {
+        let Ok(bytes) = fs::read(directory.join(segment_name(segment, segment_bytes))) else { break };
+        wal.extend(bytes);
+    }
+    (start, wal)
+}
+
+fn summary_of_base(base: &Files, wal: &(Lsn, Vec<u8>), segment_bytes: u64) -> FrameSummary {
+    let checkpoint = base.control.checkpoint_lsn;
+    let max_full_xid = base.control.checkpoint.next_full_xid - 1;
+    let scanner = Scanner::at_segment_start(wal.0, segment_bytes, max_full_xid, PgTimeline(1));
+    let mut decoder = Decoder::new(scanner, RECORD_BYTES_MAX);
+    let mut rest = &wal.1[..];
+    loop {
+        let taken = decoder.feed(rest).expect("WAL up to the checkpoint");
+        assert!(taken > 0, "no record at {checkpoint}");
+        rest = &rest[taken..];
+        if decoder.poll_record().is_some_and(|record| record.info.start == checkpoint) {
+            return decoder.summary();
+        }
+    }
+}
+
+/// Of every relation with files, in every database.
+fn access_methods(server: &Server<'_>) -> BTreeMap<(u32, u32), u8> {
+    let query = "select case when c.reltablespace = 1664 then 0 else (select oid from pg_database \
+                 where datname = current_database()) end, pg_relation_filenode(c.oid), \
+                 case when c.relkind = 'S' then 'sequence' else am.amname end \
+                 from pg_class c left join pg_am am on am.oid = c.relam where pg_relation_filenode(c.oid) is not null";
+    let mut methods = BTreeMap::new();
+    for database in server.psql("select datname from pg_database").lines() {
+        let mut command = server.client("psql");
+        command.args(["-X", "-q", "-A", "-t", "-F", ",", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", query]);
+        for line in output(&mut command).lines() {
+            let fields: Vec<&str> = line.split(',').collect();
+            let number = |at: usize| fields[at].parse::<u32>().expect("a number");
+            let rmgr = match fields[2] {
+                "heap" => 10,
+                "btree" => 11,
+                "hash" => 12,
+                "gin" => 13,
+                "gist" => 14,
+                "sequence" => 15,
+                "spgist" => 16,
+                "brin" => 17,
+                "bloom" => 20,
+                other => panic!("access method {other}"),
+            };
+            methods.insert((number(0), number(1)), rmgr);
+        }
+    }
+    methods
+}
+
+/// Copies a directory, for a look at it after a failure.
+pub fn keep(from: &Path, to: &Path) {
+    output(Command::new("cp").arg("-a").arg(from).arg(to));
+}
