@@ -302,7 +302,8 @@ impl<'a> BlockMap<'a> {
         let slot = self.chunk_word(chunk, chunk::SLOT).load(Acquire);
         let incarnation = self.slot_word(slot, slot::INCARNATION).load(Acquire);
         let owner = FileRef { slot, incarnation: self.chunk_word(chunk, chunk::INCARNATION).load(Acquire) };
-        let ours = owner.incarnation == incarnation && file.is_none_or(|file| file == owner);
+        let ours = owner.incarnation == incarnation && file.is_none_or(|file| file == owner)
+            || self.planted(Plant::OwnerUnchecked);
         let committed = self.planted(Plant::HorizonOnce) || horizon.load(SeqCst) <= self.commit_lsn();
         if ours && committed && !self.is_pinned(slot) {
             return true;

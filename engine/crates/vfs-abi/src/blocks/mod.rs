@@ -83,6 +83,10 @@ pub enum Plant {
     HorizonLate,
     /// Truncation does not wait for a fill that is being written.
     TruncateIgnoresFill,
+    /// Eviction does not look whether the chunk still belongs to the file.
+    OwnerUnchecked,
+    /// No version ever rises.
+    NoVersions,
 }
 
 /// What the agent shows as metrics. All but `present` only rise.
@@ -136,7 +140,9 @@ impl<'a> BlockMap<'a> {
 
     #[cfg(feature = "loom")]
     fn planted(&self, plant: Plant) -> bool {
-        self.plant == Some(plant)
+        use Plant::{ClaimKeepsVersion, EvictKeepsVersion, NoVersions, TruncateKeepsVersion, WriteKeepsVersion};
+        let keeps = matches!(plant, EvictKeepsVersion | TruncateKeepsVersion | ClaimKeepsVersion | WriteKeepsVersion);
+        self.plant == Some(plant) || keeps && self.plant == Some(NoVersions)
     }
 
     #[cfg(not(feature = "loom"))]
