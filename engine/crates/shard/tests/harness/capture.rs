@@ -1,6 +1,6 @@
 //! One life of a PostgreSQL server: the files that it began with, its WAL, and the files that it left.
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use filter::{Cutter, Routed, Router};
 use layers::{HashRange, Striping};
@@ -16,23 +16,34 @@ use crate::{
 /// Small enough that relations of a test have many stripes.
 pub const STRIPING: Striping = Striping { stripe_blocks: 64 };
 
+/// A clean shutdown.
+pub struct Moment {
+    /// End of its checkpoint's record.
+    pub lsn: Lsn,
+    pub files: Files,
+    /// Resource manager that says how to mask pages, by database and file number (`pg_class`, `pg_am`).
+    pub access_methods: BTreeMap<(u32, u32), u8>,
+}
+
 pub struct Capture {
     pub base: Files,
-    pub end: Files,
+    /// After each part of the server's life.
+    pub moments: Vec<Moment>,
     /// Bytes from the start of a segment on.
     pub wal: (Lsn, Vec<u8>),
     pub segment_bytes: u64,
     /// What the log adds up to at the end of the base.
     pub from: FrameSummary,
-    /// Resource manager that says how to mask pages, by database and file number (`pg_class`, `pg_am`).
-    pub access_methods: BTreeMap<(u32, u32), u8>,
 }
 
+/// A part of a server's life, at the end of which it runs.
+pub type Part = fn(&Postgres, &mut Server<'_>);
+
 impl Capture {
-    pub fn take(name: &str, settings: &str, workload: &dyn Fn(&Postgres, &mut Server<'_>)) -> Capture {
+    pub fn take(settings: &str, parts: &[Part]) -> Capture {
         let postgres = Postgres::find();
         let directory = postgres.directory();
-        let mut server = postgres.initdb(&directory, name, &["--data-checksums", "--wal-segsize=4"]);
+        let mut server = postgres.initdb(&directory, "data", &["--data-checksums", "--wal-segsize=4"]);
         server.append_configuration(settings);
         workload::move_on(&postgres, &server);
         // `pg_resetwal` says that WAL was minimal.
@@ -41,16 +52,25 @@ impl Capture {
         server.stop("fast");
         let base = Files::load(&server.data);
 
-        server.start();
-        workload(&postgres, &mut server);
-        let access_methods = access_methods(&server);
-        server.stop("fast");
-        output(postgres.command("pg_checksums").arg("--check").arg("-D").arg(&server.data));
+        let mut ends = Vec::new();
+        for part in parts {
+            server.start();
+            part(&postgres, &mut server);
+            let access_methods = access_methods(&server);
+            server.stop("fast");
+            output(postgres.command("pg_checksums").arg("--check").arg("-D").arg(&server.data));
+            ends.push((Files::load(&server.data), access_methods));
+        }
 
         let wal = read_wal(&server.data.join("pg_wal"), &base);
         let segment_bytes = u64::from(base.control.segment_bytes);
-        let from = summary_of_base(&base, &wal, segment_bytes);
-        Capture { end: Files::load(&server.data), base, wal, segment_bytes, from, access_methods }
+        let from = summary_of_shutdown(&base, &wal, segment_bytes);
+        let moments = ends.into_iter().map(|(files, access_methods)| Moment {
+            lsn: summary_of_shutdown(&files, &wal, segment_bytes).record_end,
+            files,
+            access_methods,
+        });
+        Capture { base, moments: moments.collect(), wal, segment_bytes, from }
     }
 
     /// Everything that some shard needs of the WAL.
@@ -104,9 +124,9 @@ fn read_wal(directory: &Path, base: &Files) -> (Lsn, Vec<u8>) {
     (start, wal)
 }
 
-fn summary_of_base(base: &Files, wal: &(Lsn, Vec<u8>), segment_bytes: u64) -> FrameSummary {
-    let checkpoint = base.control.checkpoint_lsn;
-    let max_full_xid = base.control.checkpoint.next_full_xid - 1;
+fn summary_of_shutdown(files: &Files, wal: &(Lsn, Vec<u8>), segment_bytes: u64) -> FrameSummary {
+    let checkpoint = files.control.checkpoint_lsn;
+    let max_full_xid = files.control.checkpoint.next_full_xid - 1;
     let scanner = Scanner::at_segment_start(wal.0, segment_bytes, max_full_xid, PgTimeline(1));
     let mut decoder = Decoder::new(scanner, RECORD_BYTES_MAX);
     let mut rest = &wal.1[..];
@@ -149,9 +169,4 @@ fn access_methods(server: &Server<'_>) -> BTreeMap<(u32, u32), u8> {
         }
     }
     methods
-}
-
-/// Copies a directory, for a look at it after a failure.
-pub fn keep(from: &Path, to: &Path) {
-    output(Command::new("cp").arg("-a").arg(from).arg(to));
 }

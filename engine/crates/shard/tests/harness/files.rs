@@ -24,6 +24,7 @@ pub const SLRUS: [(Slru, metadata::Slru); 4] = [
 ];
 
 /// What WAL describes of a data directory.
+#[derive(Clone)]
 pub struct Files {
     pub control: ControlFile,
     /// Without free-space maps, temporary relations, and what unlogged relations have beside their init forks.

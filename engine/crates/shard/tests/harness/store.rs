@@ -74,6 +74,8 @@ pub struct Shard {
     pub store: Store,
     pub faults: Vec<IngestFault>,
     pub copied_blocks: u64,
+    /// Databases that were copied as files: where, from and to.
+    pub copies: Vec<(Lsn, Database, Database)>,
 }
 
 impl Shard {
@@ -110,7 +112,7 @@ impl Shard {
     pub fn attach(store: Store, at: Lsn) -> Shard {
         let mut ingest = Ingest::new(store.striping, store.range);
         load(&store, at, &mut ingest);
-        Shard { ingest, store, faults: Vec::new(), copied_blocks: 0 }
+        Shard { ingest, store, faults: Vec::new(), copied_blocks: 0, copies: Vec::new() }
     }
 
     pub fn batch(&mut self, batch: Batch) {
@@ -127,6 +129,7 @@ impl Shard {
                 store.put(key, lsn, kind, bytes);
             });
             self.faults.extend(done.fault);
+            self.copies.extend(done.copy.iter().map(|copy| (copy.lsn, copy.from, copy.to)));
             for block in done.copy.iter().flat_map(|copy| copy.blocks()) {
                 self.copied_blocks += 1;
                 match rebuild(block.from, store.chain(block.from, block.floor, item.end)) {

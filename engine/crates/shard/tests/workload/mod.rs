@@ -207,8 +207,8 @@ pub fn move_on(postgres: &Postgres, server: &Server<'_>) {
     output(&mut resetwal);
 }
 
-/// A busy life, with a crash in it.
-pub fn life(_: &Postgres, server: &mut Server<'_>) {
+/// Before the first restart.
+pub fn youth(_: &Postgres, server: &mut Server<'_>) {
     output(server.client("pgbench").args(["--initialize", "--quiet", "--scale=1"]));
     output(server.client("pgbench").args(["--client=4", "--transactions=300"]));
     server.script(SUBTRANSACTIONS);
@@ -219,6 +219,10 @@ pub fn life(_: &Postgres, server: &mut Server<'_>) {
     for database in ["logged", "copied", "copy_of_copy"] {
         server.script(&format!("\\connect {database}\n{IN_A_DATABASE}"));
     }
+}
+
+/// What was made before is changed, cut and dropped; with a crash.
+pub fn age(_: &Postgres, server: &mut Server<'_>) {
     server.script("create database from_changed strategy file_copy template copied");
     server.script("create database from_changed_by_log strategy wal_log template logged");
     server.script(
@@ -231,4 +235,6 @@ pub fn life(_: &Postgres, server: &mut Server<'_>) {
     server.start();
     server.script("insert into t values (-20, 0); vacuum t; create database after_recovery strategy file_copy");
     server.script("truncate truncated; drop table emptied; vacuum (freeze)");
+    server.script("delete from cut_in_stripe where i > 9000; vacuum cut_in_stripe; delete from copied where i > 50; vacuum copied");
+    server.script("begin; insert into u values (-30, 0); insert into emptied_again values (1); prepare transaction 'open at the end'");
 }
