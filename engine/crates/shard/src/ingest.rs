@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use layers::{HashRange, Key, KeyKind, Striping, ValueKind};
 use pgtypes::{FrameSummary, Lsn};
 use redo::{Event, Reason, Touch, blocks_of, events_of};
-use wal::{Fork, Record};
+use wal::{Fork, Record, rmgr};
 
 use crate::{
     copy::DatabaseCopy,
@@ -160,6 +160,9 @@ impl Ingest {
     /// The record as the value of every block that it touches.
     fn blocks(&mut self, record: &Record, stored: Vec<u8>) {
         self.touched.clear();
+        if is_hint_without_image(record) {
+            return;
+        }
         for touch in blocks_of(record) {
             self.touch(record, &touch);
         }
@@ -235,6 +238,16 @@ impl Ingest {
     pub fn counters(&self) -> Option<&metadata::Counters> {
         self.metadata.as_ref()?.counters()
     }
+}
+
+/// Whether the record says only that a hint was set in a page: what writers without full page writes log once for each page
+/// and checkpoint. It changes nothing, and would make the page's chain longer.
+fn is_hint_without_image(record: &Record) -> bool {
+    /// `catalog/pg_control.h`.
+    const FPI_FOR_HINT: u8 = 0xA0;
+    record.info.rmgr == rmgr::XLOG
+        && record.info.info & 0xF0 == FPI_FOR_HINT
+        && record.blocks.iter().all(|block| record.block_image(block).is_none())
 }
 
 /// Whether the record needs no older version of that block.
