@@ -44,7 +44,7 @@ pub enum PageMessageType {
 /// A frame of the page protocol.
 pub type PageFrame<'a> = Frame<'a, PageMessageType>;
 /// Cuts a byte stream into frames of the page protocol; make one with `default()`. Its buffer holds at most one frame
-/// and one read: 16.3 MiB on a connection that hands in advisory files, otherwise 1.3 MiB.
+/// and one read: 8.1 MiB on a connection that hands in advisory files, otherwise 1.3 MiB.
 pub type PageFrameReader = FrameReader<PageMessageType>;
 
 /// Frames with few fixed fields, and the welcome.

@@ -19,8 +19,8 @@ pub const PAGES_MAX: u16 = 64;
 pub const NEWEST: Lsn = Lsn::MAX;
 /// Most entries of one [`Sizes`]; a server sends more in several.
 pub const SIZES_MAX: usize = 32_768;
-/// Longest file of a [`PutAdvisory`], 16 MiB: statistics of 50,000 relations. A longer one is not handed in.
-pub const ADVISORY_BYTES_MAX: usize = 16 << 20;
+/// Longest file of a [`PutAdvisory`], 8 MiB: statistics of 25,000 relations. A longer one is not handed in.
+pub const ADVISORY_BYTES_MAX: usize = 8 << 20;
 /// Longest name of a file of a [`PutAdvisory`].
 pub const ADVISORY_NAME_BYTES_MAX: usize = 255;
 
@@ -213,7 +213,7 @@ pub struct PutAdvisory<'a> {
     pub id: u64,
     /// Path in PGDATA, of at most [`ADVISORY_NAME_BYTES_MAX`] bytes.
     pub name: &'a str,
-    /// At most [`ADVISORY_BYTES_MAX`]; empty removes the file.
+    /// At most [`ADVISORY_BYTES_MAX`].
     pub contents: &'a [u8],
 }
 
