@@ -589,6 +589,11 @@ impl Log {
         &self.shards.0
     }
 
+    /// The shard, if it ever registered.
+    pub fn shard(&self, shard: ShardId) -> Option<Shard> {
+        self.shards.get(shard)
+    }
+
     fn shards_changed(&mut self, urgency: Urgency) {
         if urgency != Urgency::Never {
             self.consumers_version += 1;

@@ -58,6 +58,11 @@ impl Shards {
         self.0.binary_search_by_key(&shard, |known| known.shard)
     }
 
+    /// The shard of that number.
+    pub(crate) fn get(&self, shard: ShardId) -> Option<Shard> {
+        self.find(shard).ok().map(|at| self.0[at])
+    }
+
     /// Registers an owner; a shard that is new here needs everything from `oldest_lsn` on.
     pub(crate) fn register(
         &mut self,

@@ -8,6 +8,8 @@ use consensus::{AcceptorIdentity, Configuration, Member, TimelineHistory};
 use pgtypes::{Attempt, Ballot, BranchId, ClusterId, DiskId, Generation, Lsn, MemberId, Term, WriterId};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::feed::Subscriber;
+
 mod text {
     use super::{Deserialize, Deserializer, FromStr, Serializer, de, fmt};
 
@@ -110,6 +112,9 @@ pub struct LogStatus {
     pub timelines: Vec<TimelineJson>,
     /// For whom WAL is kept.
     pub consumers: Vec<ConsumerJson>,
+    /// For which shards WAL is kept, in order of their numbers.
+    #[serde(default)]
+    pub shards: Vec<ShardJson>,
     /// Segment files.
     pub segments: usize,
     /// Starts of segments that failed their checksum.
@@ -136,6 +141,57 @@ pub struct ConsumerJson {
     /// It needs nothing below.
     #[serde(with = "text")]
     pub confirmed_lsn: Lsn,
+}
+
+/// A shard of the page service, as the log knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardJson {
+    /// Its number.
+    pub shard: u32,
+    /// The highest generation that registered.
+    pub generation: u64,
+    /// It has everything below on object storage.
+    #[serde(with = "text")]
+    pub durable_lsn: Lsn,
+    /// Committed WAL that it has not on object storage.
+    pub durable_lag_bytes: u64,
+    /// The page server that is connected, if one is.
+    pub feed: Option<FeedJson>,
+}
+
+/// A page server that is fed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeedJson {
+    /// Sent up to here.
+    #[serde(with = "text")]
+    pub sent_lsn: Lsn,
+    /// Taken in up to here, as it last said.
+    #[serde(with = "text")]
+    pub received_lsn: Lsn,
+    /// Committed WAL that it has not taken in.
+    pub received_lag_bytes: u64,
+}
+
+impl ShardJson {
+    fn new(shard: &logstore::Shard, commit_lsn: Lsn, subscribers: &[Subscriber]) -> Self {
+        let behind = |lsn: Lsn| commit_lsn.0.saturating_sub(lsn.0);
+        // The one that came last: an earlier connection of the same owner may not have noticed its end yet.
+        let found = subscribers
+            .iter()
+            .rev()
+            .find(|subscriber| (subscriber.shard, subscriber.generation) == (shard.shard, shard.generation));
+        Self {
+            shard: shard.shard.0,
+            generation: shard.generation.0,
+            durable_lsn: shard.durable_lsn,
+            durable_lag_bytes: behind(shard.durable_lsn),
+            feed: found.map(|subscriber| FeedJson {
+                sent_lsn: subscriber.sent_lsn,
+                received_lsn: subscriber.received_lsn,
+                received_lag_bytes: behind(subscriber.received_lsn),
+            }),
+        }
+    }
 }
 
 /// Body of `PUT /v1/logs/{cluster}/{branch}/consumers/{name}`.
@@ -313,7 +369,12 @@ impl fmt::Display for BallotJson {
 
 impl LogStatus {
     /// The status of an open log.
-    pub fn new(identity: &AcceptorIdentity, timelines: &TimelineHistory, status: &logstore::LogStatus) -> Self {
+    pub fn new(
+        identity: &AcceptorIdentity,
+        timelines: &TimelineHistory,
+        status: &logstore::LogStatus,
+        subscribers: &[Subscriber],
+    ) -> Self {
         let acceptor = &status.acceptor;
         Self {
             cluster: identity.log.cluster,
@@ -341,6 +402,7 @@ impl LogStatus {
                 .iter()
                 .map(|consumer| ConsumerJson { name: consumer.name.clone(), confirmed_lsn: consumer.confirmed_lsn })
                 .collect(),
+            shards: status.shards.iter().map(|shard| ShardJson::new(shard, acceptor.commit_lsn, subscribers)).collect(),
             segments: status.segments,
             damaged_segments: status.damaged.iter().map(|start| logstore::segment_file_name(*start)).collect(),
             disk_full: status.disk_full,

@@ -74,6 +74,9 @@ impl Core {
         let removed = self.logs.borrow_mut().remove(&log)?;
         self.process.metrics.logs.dec();
         self.process.metrics.remove_log(log);
+        for shard in removed.with(|machine| machine.shards().to_vec()) {
+            self.process.metrics.remove_shard(log, shard.shard.0);
+        }
         Some(removed)
     }
 

@@ -8,6 +8,7 @@ pub mod api;
 pub mod config;
 pub mod core;
 pub mod data_dir;
+mod feed;
 pub mod files;
 pub mod followers;
 mod greetings;

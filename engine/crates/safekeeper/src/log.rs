@@ -16,13 +16,15 @@ use consensus::{
     message::{AcceptorMessage, AcceptorStatus, Append, ProposerMessage, Refusal, Refused},
 };
 use driver::{AlignedBuffer, Event, oneshot};
-use logstore::{Buffer, ConsumerError, Log, LogCommand, OpId, OpResult, Reader};
+use layers::{ShardGeneration, ShardId};
+use logstore::{Buffer, ConsumerError, Log, LogCommand, OpId, OpResult, Reader, ShardError};
 use pgtypes::{Generation, Instant, LogId, Lsn, SystemId, Term, WriterId};
 use wire::append::{ErrorCode, ErrorFrame, Message};
 
 use crate::{
     api::LogStatus,
     core::Core,
+    feed::Feeds,
     files::{LogFiles, ReadError},
     metrics::LogMetrics,
     outbox::Outbox,
@@ -45,6 +47,7 @@ pub struct LogDriver {
     measured: Cell<Lsn>,
     /// Where replies go, by connection.
     outboxes: RefCell<BTreeMap<u64, Rc<Outbox>>>,
+    feeds: Rc<Feeds>,
     fences: RefCell<BTreeMap<u64, oneshot::Sender<Result<FenceAccepted, Refused>>>>,
     configurations: RefCell<BTreeMap<u64, oneshot::Sender<Result<Generation, ConfigurationError>>>>,
     next_request: Cell<u64>,
@@ -76,6 +79,7 @@ impl LogDriver {
             metrics,
             measured: Cell::new(flush_lsn),
             outboxes: RefCell::default(),
+            feeds: Rc::default(),
             fences: RefCell::default(),
             configurations: RefCell::default(),
             next_request: Cell::new(1),
@@ -107,6 +111,16 @@ impl LogDriver {
         &self.files
     }
 
+    /// Page servers that it feeds.
+    pub fn feeds(&self) -> &Rc<Feeds> {
+        &self.feeds
+    }
+
+    /// Makes everybody who waits for the log look at it again.
+    pub fn wake(&self) {
+        self.changed.set();
+    }
+
     /// Looks at the machine.
     pub fn with<T>(&self, look: impl FnOnce(&Log) -> T) -> T {
         look(&self.machine.borrow())
@@ -127,7 +141,7 @@ impl LogDriver {
         self.with(|log| {
             let identity = log.acceptor().identity();
             let timelines = &log.acceptor().state().timelines;
-            LogStatus::new(identity, timelines, &log.status())
+            LogStatus::new(identity, timelines, &log.status(), &self.feeds.subscribers())
         })
     }
 
@@ -222,6 +236,47 @@ impl LogDriver {
         self.event(|log| {
             let now = driver::now();
             let known = log.remove_consumer(name, now);
+            raise_horizon(log, now);
+            known
+        })
+    }
+
+    /// Registers the owner of a shard; returns the version of the consumers that has to become durable.
+    ///
+    /// # Errors
+    /// [`ShardError`]: nothing was changed.
+    pub fn register_shard(&self, shard: ShardId, generation: ShardGeneration) -> Result<u64, ShardError> {
+        self.event(|log| {
+            let now = driver::now();
+            log.register_shard(shard, generation, now)?;
+            raise_horizon(log, now);
+            Ok(log.consumers_version())
+        })
+    }
+
+    /// Moves what a shard has on object storage; WAL below what everybody has is removed.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn confirm_shard(
+        &self,
+        shard: ShardId,
+        generation: ShardGeneration,
+        durable_lsn: Lsn,
+    ) -> Result<(), ShardError> {
+        self.event(|log| {
+            let now = driver::now();
+            log.confirm_shard(shard, generation, durable_lsn, now)?;
+            raise_horizon(log, now);
+            Ok(())
+        })
+    }
+
+    /// Forgets a shard; `false` when there is none of that number.
+    pub fn remove_shard(&self, shard: ShardId) -> bool {
+        self.event(|log| {
+            let now = driver::now();
+            let known = log.remove_shard(shard, now);
             raise_horizon(log, now);
             known
         })
@@ -491,10 +546,11 @@ impl LogDriver {
     }
 }
 
-/// WAL below what all consumers have confirmed is needed by nobody. A log without consumers keeps everything.
+/// WAL below what all consumers and shards have confirmed is needed by nobody. A log with neither keeps everything.
 fn raise_horizon(log: &mut Log, now: Instant) {
-    let horizon = log.consumers().iter().map(|consumer| consumer.confirmed_lsn).min();
-    if let Some(horizon) = horizon {
+    let consumers = log.consumers().iter().map(|consumer| consumer.confirmed_lsn);
+    let shards = log.shards().iter().map(|shard| shard.durable_lsn);
+    if let Some(horizon) = consumers.chain(shards).min() {
         log.handle_horizon(horizon, now);
     }
 }

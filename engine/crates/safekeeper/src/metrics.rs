@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
-use pgtypes::LogId;
+use pgtypes::{LogId, Lsn};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -38,6 +38,20 @@ pub struct ReasonLabels {
 pub struct PurposeLabels {
     /// A fixed word.
     pub purpose: &'static str,
+}
+
+/// How WAL was decoded.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DecoderLabels {
+    decoder: &'static str,
+}
+
+/// Which shard of which log.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ShardLabels {
+    cluster: String,
+    branch: String,
+    shard: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -76,6 +90,11 @@ pub struct Metrics {
     pub spare_segments: Gauge,
     /// Logs.
     pub logs: Gauge,
+    /// Bytes sent to page servers.
+    pub feed_sent_bytes: Counter,
+    feed_decoded_bytes: Family<DecoderLabels, Counter>,
+    feed_received_lsn: Family<ShardLabels, Gauge>,
+    feed_durable_lsn: Family<ShardLabels, Gauge>,
     driver: Family<DriverLabels, Gauge>,
 }
 
@@ -98,6 +117,10 @@ impl Metrics {
             disk_full: Gauge::default(),
             spare_segments: Gauge::default(),
             logs: Gauge::default(),
+            feed_sent_bytes: Counter::default(),
+            feed_decoded_bytes: Family::default(),
+            feed_received_lsn: Family::default(),
+            feed_durable_lsn: Family::default(),
             driver: Family::default(),
         };
         let m = &metrics;
@@ -120,6 +143,23 @@ impl Metrics {
         registry.register("disk_full", "1 while appends are refused to keep the headroom", m.disk_full.clone());
         registry.register("spare_segments", "Pre-zeroed segments that are ready", m.spare_segments.clone());
         registry.register("logs", "Logs on this safekeeper", m.logs.clone());
+        registry.register_with_unit("feed_sent", "Sent to page servers", Unit::Bytes, m.feed_sent_bytes.clone());
+        registry.register_with_unit(
+            "feed_decoded",
+            "WAL decoded for page servers: once for all that follow closely, or for one that is behind",
+            Unit::Bytes,
+            m.feed_decoded_bytes.clone(),
+        );
+        registry.register(
+            "feed_received_lsn",
+            "Taken in by the shard, as its page server says",
+            m.feed_received_lsn.clone(),
+        );
+        registry.register(
+            "feed_durable_lsn",
+            "On object storage, as the shard's page server says",
+            m.feed_durable_lsn.clone(),
+        );
         registry.register("io_driver", "1 for the way in which I/O reaches the kernel", m.driver.clone());
         metrics
     }
@@ -141,6 +181,25 @@ impl Metrics {
         ConnectionGuard(gauge)
     }
 
+    /// Counts WAL that was decoded, `shared` by all page servers near the end of the log or for one on its `own`.
+    pub fn count_decoded(&self, decoder: &'static str, bytes: u64) {
+        self.feed_decoded_bytes.get_or_create(&DecoderLabels { decoder }).inc_by(bytes);
+    }
+
+    /// How far a shard is.
+    pub fn set_progress(&self, log: LogId, shard: u32, received: Lsn, durable: Lsn) {
+        let labels = shard_labels(log, shard);
+        self.feed_received_lsn.get_or_create(&labels).set(received.0 as i64);
+        self.feed_durable_lsn.get_or_create(&labels).set(durable.0 as i64);
+    }
+
+    /// Forgets a shard.
+    pub fn remove_shard(&self, log: LogId, shard: u32) {
+        let labels = shard_labels(log, shard);
+        self.feed_received_lsn.remove(&labels);
+        self.feed_durable_lsn.remove(&labels);
+    }
+
     /// The metrics of one log, looked up once.
     pub fn of_log(&self, log: LogId) -> LogMetrics {
         let labels = LogLabels::from(log);
@@ -160,6 +219,10 @@ impl Metrics {
         self.commit_lsn.remove(&labels);
         self.oldest_lsn.remove(&labels);
     }
+}
+
+fn shard_labels(log: LogId, shard: u32) -> ShardLabels {
+    ShardLabels { cluster: log.cluster.to_string(), branch: log.branch.to_string(), shard }
 }
 
 /// Counts one open connection.

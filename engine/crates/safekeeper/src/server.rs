@@ -13,6 +13,7 @@ use consensus::message::{AcceptorMessage, ProposerMessage};
 use driver::{Closer, Connection, Detached, Listener, Reader};
 use futures_util::future::Either;
 use identity::Call;
+use layers::Striping;
 use logstore::Reader as LogReader;
 use pgtypes::Lsn;
 use wire::append::{
@@ -22,6 +23,7 @@ use wire::append::{
 
 use crate::{
     core::Core,
+    feed::{self, Subscription},
     files::ReadError,
     greetings::{GREETINGS_MAX, Greetings},
     log::LogDriver,
@@ -36,7 +38,7 @@ const CONNECTIONS_MAX: usize = 4096;
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
 /// Time for a refused peer to read why.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 
 /// How often a reader is told the commit position while nothing is committed.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -106,7 +108,7 @@ pub async fn accept(core: Rc<Core>, listener: Listener) {
 }
 
 /// Ends a connection from outside unless it is disarmed in time.
-fn watch(closer: Closer, limit: Duration) -> Rc<Cell<bool>> {
+pub(crate) fn watch(closer: Closer, limit: Duration) -> Rc<Cell<bool>> {
     let disarmed = Rc::new(Cell::new(false));
     let seen = disarmed.clone();
     driver::spawn(async move {
@@ -252,7 +254,7 @@ async fn refuse(process: &Process, peer: IpAddr, mut connection: Connection, cod
 
 /// Reads until the peer closes: closing before it has sent everything would reset the connection, and the peer could
 /// lose the last message that it was sent. The caller limits the time by a closer.
-async fn drain(mut reader: Reader) {
+pub(crate) async fn drain(mut reader: Reader) {
     let mut buffer = Vec::with_capacity(4096);
     loop {
         buffer.clear();
@@ -292,15 +294,18 @@ async fn serve(core: Rc<Core>, connection: Connection, hello: Hello, visitor: Vi
         Purpose::Propose => propose(&log, connection, visitor).await,
         Purpose::Peer => answer_peer(&log, connection, visitor).await,
         Purpose::Read { begin_lsn } => stream(&log, connection, visitor, begin_lsn).await,
-        Purpose::Feed { .. } => {
-            let text = "feeds are not served by this version".to_owned();
-            refuse(&process, peer, connection, ErrorCode::NotAllowed, text).await;
+        Purpose::Feed { shard, generation, range, stripe_blocks, from } => {
+            let striping = Striping { stripe_blocks };
+            let subscription = Subscription { shard, generation, range, striping, from };
+            if let Some((code, text)) = feed::serve(&log, connection, visitor.frames, subscription).await {
+                note(&process, peer, &format!("feed {code:?}"), &format!("feed of shard {} ended: {text}", shard.0));
+            }
         }
     }
 }
 
 /// Why a conversation ended, when the other side is to be told.
-type Farewell = Option<(ErrorCode, String)>;
+pub(crate) type Farewell = Option<(ErrorCode, String)>;
 
 async fn propose(log: &Rc<LogDriver>, connection: Connection, mut visitor: Visitor) {
     let process = log.process().clone();
@@ -424,7 +429,7 @@ async fn answer_peer(log: &Rc<LogDriver>, mut connection: Connection, mut visito
     refuse(log.process(), visitor.peer, connection, farewell.0, farewell.1).await;
 }
 
-fn farewell_of(error: &ReadError) -> (ErrorCode, String) {
+pub(crate) fn farewell_of(error: &ReadError) -> (ErrorCode, String) {
     let code = match error {
         ReadError::NotAvailable { .. } => ErrorCode::WalNotAvailable,
         ReadError::Damaged { .. } | ReadError::KnownDamaged { .. } => ErrorCode::WalDamaged,

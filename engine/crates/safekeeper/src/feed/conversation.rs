@@ -1,0 +1,325 @@
+//! One subscriber: registered, then batches out and progress in.
+//!
+//! Sending and receiving run side by side in one task. A receive is never dropped: when the sender ends, the receiver ends
+//! with the connection.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    time::Duration,
+};
+
+use driver::{Connection, Reader, Writer};
+use filter::{Batch, Cutter};
+use logstore::ShardError;
+use pgtypes::{FrameSummary, Instant, Lsn, Term};
+use wire::append::{BatchFrames, ErrorCode, ErrorFrame, FrameReader, Message, decode, encode_to_vec};
+
+use super::{
+    Subscription,
+    feeds::{FEEDS_MAX, Membership, Subscriber, Wanted},
+    source::{Progress, Source, SourceError},
+};
+use crate::{
+    log::LogDriver,
+    server::{FAREWELL_LIMIT, Farewell, drain, farewell_of, watch},
+};
+
+/// A subscriber hears something at least this often: it takes 5 of them as a sign that this safekeeper is of no use.
+const HEARTBEAT: Duration = Duration::from_millis(200);
+
+/// What sender and receiver share.
+struct Session {
+    /// The subscriber sends nothing more.
+    ended: Cell<bool>,
+    /// Why it is to be told that the feed ends.
+    farewell: RefCell<Farewell>,
+}
+
+/// Serves a subscriber until it leaves; returns what it was told if it was refused.
+pub(crate) async fn serve(
+    log: &Rc<LogDriver>,
+    connection: Connection,
+    frames: FrameReader,
+    subscription: Subscription,
+) -> Farewell {
+    if log.feeds().is_crowded() {
+        let text = format!("{FEEDS_MAX} shards of this log are fed already");
+        return refuse(connection, (ErrorCode::Busy, text)).await;
+    }
+    let closer = connection.closer();
+    let session = Session { ended: Cell::new(false), farewell: RefCell::new(None) };
+    let membership = log.feeds().enter(Subscriber {
+        shard: subscription.shard,
+        generation: subscription.generation,
+        sent_lsn: subscription.from.record_end,
+        received_lsn: subscription.from.record_end,
+    });
+    let (mut reader, mut writer) = connection.into_split();
+    let sending = async {
+        let farewell = send_all(log, &mut writer, &session, &membership, subscription).await;
+        let disarm = watch(closer.clone(), FAREWELL_LIMIT);
+        if let Some((code, text)) = &farewell
+            && let Ok(frame) = encode_to_vec(&Message::Error(ErrorFrame { code: *code, text: text.clone() }))
+        {
+            // It may be gone; then there is nobody to be told.
+            let _ = writer.write_all(frame).await;
+        }
+        // As above.
+        let _ = writer.shutdown().await;
+        (farewell, disarm)
+    };
+    let receiving = async {
+        receive(log, &mut reader, frames, &session, &membership, subscription).await;
+        session.ended.set(true);
+        log.wake();
+        if session.farewell.borrow().is_none() {
+            // It has left: a send that still waits for it must not wait for ever.
+            closer.close();
+        }
+    };
+    // Whoever does not read must not keep a sender that has something to say.
+    let watching = async {
+        let over = |_: &logstore::Log| is_over(log, &session, subscription).then_some(());
+        log.until(over).await;
+        watch(closer.clone(), 2 * FAREWELL_LIMIT)
+    };
+    let ((farewell, disarm), (), disarm_too) = futures_util::join!(sending, receiving, watching);
+    if farewell.is_some() {
+        drain(reader).await;
+    }
+    disarm.set(true);
+    disarm_too.set(true);
+    farewell
+}
+
+fn is_over(log: &LogDriver, session: &Session, subscription: Subscription) -> bool {
+    session.ended.get()
+        || session.farewell.borrow().is_some()
+        || log.is_closed()
+        || log.with(|machine| owner_fault(machine, subscription)).is_some()
+}
+
+/// Why the subscriber may not be served any more: the shard has another owner, or is gone.
+fn owner_fault(machine: &logstore::Log, subscription: Subscription) -> Option<ShardError> {
+    let Subscription { shard, generation, .. } = subscription;
+    match machine.shard(shard) {
+        None => Some(ShardError::Unknown(shard)),
+        Some(known) if known.generation != generation => Some(ShardError::StaleGeneration { known }),
+        Some(_) => None,
+    }
+}
+
+fn farewell_of_owner(error: &ShardError) -> (ErrorCode, String) {
+    let code = match error {
+        ShardError::StaleGeneration { .. } => ErrorCode::StaleGeneration,
+        ShardError::Unknown(_) => ErrorCode::NotAllowed,
+        ShardError::TooMany => ErrorCode::Busy,
+    };
+    (code, error.to_string())
+}
+
+fn stopping() -> (ErrorCode, String) {
+    (ErrorCode::Stopping, "this safekeeper is stopping, or the log was deleted".to_owned())
+}
+
+/// Registers the generation, and waits until it is durable.
+async fn register(log: &LogDriver, session: &Session, subscription: Subscription) -> Farewell {
+    let Subscription { shard, generation, .. } = subscription;
+    let version = match log.register_shard(shard, generation) {
+        Ok(version) => version,
+        Err(error) => return Some(farewell_of_owner(&error)),
+    };
+    let settled = |machine: &logstore::Log| {
+        let settled = machine.consumers_durable(version)
+            || machine.is_failed()
+            || session.ended.get()
+            || session.farewell.borrow().is_some()
+            || log.is_closed();
+        settled.then(|| machine.consumers_durable(version) || session.ended.get())
+    };
+    match log.until(settled).await {
+        true => None,
+        false if log.is_closed() => Some(stopping()),
+        false => session
+            .farewell
+            .take()
+            .or_else(|| Some((ErrorCode::Internal, "the owner of the shard cannot be made durable".to_owned()))),
+    }
+}
+
+/// Tells a subscriber that is not taken in.
+async fn refuse(mut connection: Connection, farewell: (ErrorCode, String)) -> Farewell {
+    let (code, text) = farewell.clone();
+    if let Ok(frame) = encode_to_vec(&Message::Error(ErrorFrame { code, text })) {
+        let disarm = watch(connection.closer(), FAREWELL_LIMIT);
+        // It may be gone; then there is nobody to be told.
+        let _ = connection.write_all(frame).await;
+        let (reader, mut writer) = connection.into_split();
+        let _ = writer.shutdown().await;
+        drain(reader).await;
+        disarm.set(true);
+    }
+    Some(farewell)
+}
+
+/// What was sent last.
+#[derive(Clone, Copy)]
+struct Sent {
+    at: Instant,
+    term: Term,
+}
+
+async fn send_all(
+    log: &Rc<LogDriver>,
+    writer: &mut Writer,
+    session: &Session,
+    membership: &Membership,
+    subscription: Subscription,
+) -> Farewell {
+    if let Some(farewell) = register(log, session, subscription).await {
+        return Some(farewell);
+    }
+    let Subscription { shard, range, striping, from, .. } = subscription;
+    if from == FrameSummary::default() {
+        let _gone = send(log, writer, Batch::heartbeat(from, commit_lsn(log), term(log))).await;
+        return None;
+    }
+    tracing::info!(
+        log = %log.id(), shard = shard.0, generation = subscription.generation.0, from = %from.record_end, "feeding a shard"
+    );
+    let mut source = Source::new(log.clone(), subscription);
+    let mut cutter = Cutter::new(from, range, striping);
+    // The first batch says that the registration is durable.
+    let mut sent = Sent { at: driver::now(), term: term(log) };
+    if !send(log, writer, Batch::heartbeat(from, commit_lsn(log), sent.term)).await {
+        return None;
+    }
+    loop {
+        if let Some(farewell) = session.farewell.take() {
+            return Some(farewell);
+        }
+        if session.ended.get() {
+            return None;
+        }
+        if log.is_closed() {
+            return Some(stopping());
+        }
+        if let Some(fault) = log.with(|machine| owner_fault(machine, subscription)) {
+            return Some(farewell_of_owner(&fault));
+        }
+        let progress = match source.advance(&mut cutter).await {
+            Ok(progress) => progress,
+            Err(error) => return Some(farewell_of_source(&error)),
+        };
+        let batch = match cutter.take_batch(commit_lsn(log), term(log)) {
+            Some(batch) => batch,
+            None => {
+                let due = driver::now().since(sent.at) >= HEARTBEAT || term(log) != sent.term;
+                match progress {
+                    _ if due => Batch::heartbeat(cutter.summary(), commit_lsn(log), term(log)),
+                    Progress::Made => continue,
+                    Progress::Wait(wanted) => {
+                        wait(log, session, subscription, wanted, sent).await;
+                        continue;
+                    }
+                }
+            }
+        };
+        sent = Sent { at: driver::now(), term: batch.term };
+        let summary = batch.summary;
+        if !send(log, writer, batch).await {
+            return None;
+        }
+        membership.sent(&summary);
+    }
+}
+
+/// Waits until there is something to be done, at most until a heartbeat is due.
+async fn wait(log: &LogDriver, session: &Session, subscription: Subscription, wanted: Wanted, sent: Sent) {
+    let has_work = |machine: &logstore::Log| {
+        let acceptor = machine.acceptor();
+        let work = is_over(log, session, subscription)
+            || acceptor.state().ballot.term != sent.term
+            || log.feeds().has_work(wanted, acceptor.readable_until());
+        work.then_some(())
+    };
+    let left = HEARTBEAT.saturating_sub(driver::now().since(sent.at));
+    // The end of the time is as good as an event: the caller looks at everything again.
+    let _elapsed = driver::timeout(left, log.until(has_work)).await;
+}
+
+fn farewell_of_source(error: &SourceError) -> (ErrorCode, String) {
+    match error {
+        SourceError::Read(error) => farewell_of(error),
+        SourceError::Decode(_) => (ErrorCode::WalDamaged, error.to_string()),
+    }
+}
+
+fn commit_lsn(log: &LogDriver) -> Lsn {
+    log.with(|log| log.acceptor().commit_lsn())
+}
+
+fn term(log: &LogDriver) -> Term {
+    log.with(|log| log.acceptor().state().ballot.term)
+}
+
+/// Sends a batch, frame by frame; false when the connection is of no use any more.
+async fn send(log: &LogDriver, writer: &mut Writer, batch: Batch) -> bool {
+    let mut frames = BatchFrames::new(batch);
+    loop {
+        match frames.next_frame() {
+            Ok(Some(frame)) => {
+                let bytes = frame.len() as u64;
+                if writer.write_all(frame).await.0.is_err() {
+                    return false;
+                }
+                log.process().metrics.feed_sent_bytes.inc_by(bytes);
+            }
+            Ok(None) => return true,
+            Err(error) => {
+                tracing::error!(log = %log.id(), %error, "batch of a feed cannot be encoded; closing the connection");
+                return false;
+            }
+        }
+    }
+}
+
+/// Takes progress until the connection ends or the subscriber breaks the protocol, which it is to be told.
+async fn receive(
+    log: &LogDriver,
+    reader: &mut Reader,
+    mut frames: FrameReader,
+    session: &Session,
+    membership: &Membership,
+    subscription: Subscription,
+) {
+    let Subscription { shard, generation, .. } = subscription;
+    let farewell = loop {
+        match frames.next() {
+            Ok(Some(frame)) => match decode(frame) {
+                Ok(Message::FeedProgress(progress)) => {
+                    membership.update(|subscriber| subscriber.received_lsn = progress.received);
+                    if let Err(error) = log.confirm_shard(shard, generation, progress.durable) {
+                        break farewell_of_owner(&error);
+                    }
+                    log.process().metrics.set_progress(log.id(), shard.0, progress.received, progress.durable);
+                }
+                Ok(other) => {
+                    break (ErrorCode::BadMessage, format!("a page server may not send {:?}", other.message_type()));
+                }
+                Err(error) => break (ErrorCode::BadMessage, error.to_string()),
+            },
+            Ok(None) => {
+                let (result, buffer) = reader.read(frames.take_buffer(true)).await;
+                frames.return_buffer(buffer);
+                match result {
+                    Ok(0) | Err(_) => return,
+                    Ok(_) => {}
+                }
+            }
+            Err(error) => break (ErrorCode::BadMessage, error.to_string()),
+        }
+    };
+    session.farewell.replace(Some(farewell));
+}
