@@ -54,7 +54,7 @@ impl ForkFiles {
     }
 }
 
-/// Databases that have a directory, as (tablespace, database); the global one is not among them.
+/// Databases, without the global one. A directory without a relation map is none: what a crash within CREATE DATABASE leaves.
 ///
 /// # Errors
 /// The directory cannot be read, or has something else in it.
@@ -70,7 +70,9 @@ pub(crate) fn databases(pgdata: &Path) -> Result<Vec<u32>, PgDataError> {
             path: base.join(&name),
             what: "not the number of a database".to_owned(),
         })?;
-        databases.push(database);
+        if base.join(&name).join("pg_filenode.map").exists() {
+            databases.push(database);
+        }
     }
     databases.sort_unstable();
     Ok(databases)
