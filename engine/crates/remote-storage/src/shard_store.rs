@@ -129,6 +129,21 @@ impl ShardStore {
         Ok(ShardOwner { store: self.clone(), generation, durable: Mutex::new(None) })
     }
 
+    /// The claim of an earlier life of the same owner, which knows from its own disk that `generation` was granted to it
+    /// and has ended since. What that life still has in flight is harmless: a manifest of it takes the sequence that this
+    /// life would write, which is then told that it is not the owner, and begins again with that manifest.
+    ///
+    /// # Errors
+    /// [`ShardError::NotOwner`]: a higher generation is claimed, or this one is not. Or see [`StorageError`].
+    pub async fn claim_again(&self, generation: ShardGeneration) -> Result<ShardOwner, ShardError> {
+        match self.newest_claim().await? {
+            Some(newest) if newest == generation => {
+                Ok(ShardOwner { store: self.clone(), generation, durable: Mutex::new(None) })
+            }
+            newest => Err(self.not_owner(generation, newest.unwrap_or_default())),
+        }
+    }
+
     fn not_owner(&self, generation: ShardGeneration, newest: ShardGeneration) -> ShardError {
         ShardError::NotOwner { shard: self.shard, generation, newest }
     }
