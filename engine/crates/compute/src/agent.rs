@@ -3,7 +3,9 @@
 //! Runs on the main thread, step by step; the core (`core.rs`) does everything that has to be quick. While a step takes long
 //! (restoring), a fence or a stop reaches it through [`Mailbox`].
 
+mod cold_start;
 mod launch;
+mod run_end;
 
 use std::{
     path::PathBuf,
@@ -16,18 +18,28 @@ use std::{
 };
 
 use consensus::{Configuration, Grant, Member};
+use identity::Tls;
 use pgtypes::{Ballot, DiskId, Generation, Incarnation, Lsn, PgTimeline, SystemId, WriterId};
 use vfs_abi::Written;
 
+use self::{
+    cold_start::{ADVISORY_INTERVAL, AdvisoryKeeper},
+    run_end::{Hurry, RunEnd},
+};
 use crate::{
+    advisory::AdvisoryFiles,
     area::SharedArea,
     base::{self, Base},
+    cache::SharedBlocks,
+    cold_start::ColdStartError,
     config::Config,
     core::{Core, CoreEnded},
     data_dir::{CleanMark, DataDir, DataDirError},
     framer::FramerError,
     isolation::{Isolation, User},
     metrics::Metrics,
+    page_service_config::PageServiceConfig,
+    pages::{Pages, PagesCommand},
     postgres::{Ended, Postgres, PostgresEvent, postmaster_status},
     recovery::{BasePosition, Plan, PlanError, Situation, plan},
     restore::{self, RestoreError},
@@ -60,6 +72,8 @@ pub enum Event {
     Core(u64, CoreEvent),
     /// From PostgreSQL, with its run.
     Postgres(u64, PostgresEvent),
+    /// A page server knows a later writer; with the run of PostgreSQL whose blocks were asked for.
+    StaleTerm(u64, String),
 }
 
 /// What other threads may do to the agent while it is busy.
@@ -108,8 +122,22 @@ enum AttemptError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// What the page service gave does not make a PGDATA.
+    #[error("the page service's base backup: {0}")]
+    Backup(#[from] backup::PlanError),
+    #[error("cold start: {0}")]
+    ColdStart(ColdStartError),
     #[error("start PostgreSQL: {0}")]
     Launch(#[from] std::io::Error),
+}
+
+impl From<ColdStartError> for AttemptError {
+    fn from(error: ColdStartError) -> Self {
+        match error {
+            ColdStartError::Restore(error) => AttemptError::Restore(error),
+            error => AttemptError::ColdStart(error),
+        }
+    }
 }
 
 impl From<DataDirError> for AttemptError {
@@ -150,14 +178,16 @@ pub struct Settings {
     pub isolation: Isolation,
     /// Whom PostgreSQL runs as, when not as the agent.
     pub user: Option<User>,
+    /// Certificates; `None` by the development flag.
+    pub tls: Option<Tls>,
 }
 
 /// Where PGDATA comes from.
 pub enum Source {
     /// A base backup, and the log behind it.
-    BaseBackup(Base),
-    /// The page service.
-    PageService,
+    BaseBackup(Box<Base>),
+    /// The page service, as of the end of the log.
+    PageService(PageServiceConfig),
 }
 
 impl Source {
@@ -165,7 +195,7 @@ impl Source {
     pub const fn as_str(&self) -> &'static str {
         match self {
             Source::BaseBackup(_) => "base_backup",
-            Source::PageService => "page_service",
+            Source::PageService(_) => "page_service",
         }
     }
 
@@ -173,7 +203,7 @@ impl Source {
     pub fn system_id(&self) -> SystemId {
         match self {
             Source::BaseBackup(base) => base.control.system_id,
-            Source::PageService => SystemId::default(),
+            Source::PageService(_) => SystemId::default(),
         }
     }
 }
@@ -190,6 +220,8 @@ struct Prepared {
     replay_to: Option<Lsn>,
     /// Hint bits must be in WAL for the page service to know them, and no checksums see to it.
     hints_need_wal: bool,
+    /// Where its blocks are, and what the page service has of the rest; none where all of it is local.
+    cache: Option<(SharedBlocks, AdvisoryFiles)>,
 }
 
 /// The agent.
@@ -197,6 +229,7 @@ pub struct Agent {
     settings: Settings,
     data_dir: DataDir,
     core: Core,
+    pages: Option<Pages>,
     mailbox: Mailbox,
     events: Receiver<Event>,
     status: Status,
@@ -220,6 +253,7 @@ impl Agent {
         settings: Settings,
         data_dir: DataDir,
         core: Core,
+        pages: Option<Pages>,
         (mailbox, events): (Mailbox, Receiver<Event>),
         status: Status,
         metrics: Metrics,
@@ -231,6 +265,7 @@ impl Agent {
             settings,
             data_dir,
             core,
+            pages,
             mailbox,
             events,
             status,
@@ -281,6 +316,7 @@ impl Agent {
     /// Waits in `state` until there is something to do; `None` to stop.
     fn wait_for_grant(&mut self, state: State) -> Result<Option<Grant>, AgentError> {
         self.core.send(CoreCommand::End)?;
+        self.pages_send(PagesCommand::End)?;
         self.status.set_state(state);
         if state == State::WaitingForGrant
             && let Err(error) = self.restore_ahead()
@@ -305,6 +341,11 @@ impl Agent {
                 None => return Ok(None),
             }
         }
+    }
+
+    /// Asks the pages' core for something, where there is one.
+    fn pages_send(&mut self, command: PagesCommand) -> Result<(), CoreEnded> {
+        self.pages.as_mut().map_or(Ok(()), |pages| pages.send(command))
     }
 
     /// Attempt after attempt, until the term is over.
@@ -361,6 +402,9 @@ impl Agent {
             configuration: self.configured_members(),
         })?;
         // While the votes are under way.
+        if let Source::PageService(service) = &self.settings.source {
+            self.begin_pages(&service.clone(), Ballot { term: grant.term, ..Ballot::default() })?;
+        }
         self.restore_ahead()?;
         let elected = match self.wait_for_election(grant)? {
             Ok(elected) => elected,
@@ -435,12 +479,13 @@ impl Agent {
 
     fn recover_and_run(&mut self, elected: &ElectedEvent) -> Result<Outcome, AttemptError> {
         let prepared = match &self.settings.source {
-            Source::BaseBackup(base) => self.recover_from(&base.clone(), elected)?,
-            Source::PageService => {
-                return Ok(Outcome::Failed("this version starts from a base backup only".into()));
-            }
+            Source::BaseBackup(base) => self.recover_from(&Base::clone(base), elected)?,
+            Source::PageService(service) => match self.cold_start(&service.clone(), elected)? {
+                Ok(prepared) => prepared,
+                Err(outcome) => return Ok(outcome),
+            },
         };
-        self.run_postgres(elected, &prepared)
+        self.run_postgres(elected, prepared)
     }
 
     /// Brings the base backup, or PGDATA as it is, to the end of the log.
@@ -485,23 +530,26 @@ impl Agent {
                 Plan::Reuse | Plan::StartFromBase => None,
             },
             hints_need_wal: false,
+            cache: None,
         })
     }
 
-    fn run_postgres(&mut self, elected: &ElectedEvent, prepared: &Prepared) -> Result<Outcome, AttemptError> {
+    fn run_postgres(&mut self, elected: &ElectedEvent, mut prepared: Prepared) -> Result<Outcome, AttemptError> {
         let config = &self.settings.config;
         let pgdata = self.data_dir.pgdata();
         let lease_wait_ms = u32::try_from(config.lease_wait_timeout.as_millis()).unwrap_or(u32::MAX);
         let area = SharedArea::create(prepared.segment_bytes, lease_wait_ms)?;
         *self.metrics.area.lock().unwrap_or_else(PoisonError::into_inner) = Some(area.clone());
         let killer: KillSlot = Arc::new(Mutex::new(None));
-        let launch = self.launch(elected, prepared, &area)?;
+        let launch = self.launch(elected, &prepared, &area)?;
+        self.serve_blocks(&prepared, &area)?;
         self.core.send(CoreCommand::Attach(Attachment {
             area,
             pgdata: pgdata.clone(),
             segment_bytes: prepared.segment_bytes,
             system_id: prepared.system_id,
             written_before: prepared.continues,
+            blocks: prepared.cache.as_ref().map(|(blocks, _)| blocks.clone()),
             killer: killer.clone(),
         }))?;
         self.runs += 1;
@@ -510,18 +558,30 @@ impl Agent {
         let postgres = Postgres::launch(&launch, move |event| mailbox.post(Event::Postgres(run, event)))?;
         *killer.lock().unwrap_or_else(PoisonError::into_inner) = Some(postgres.killer());
         self.metrics.postgres_starts.inc();
-        let ended = self.supervise(&postgres, &pgdata);
+        let advisory = prepared.cache.take().map(|(_, advisory)| advisory);
+        let mut keeper = advisory.map(AdvisoryKeeper::new);
+        let ended = self.supervise(&postgres, &pgdata, keeper.as_mut());
         *killer.lock().unwrap_or_else(PoisonError::into_inner) = None;
         postgres.reap()?;
         self.status.facts().postgres_pid = None;
+        self.pages_send(PagesCommand::Rest)?;
+        *self.metrics.blocks.lock().unwrap_or_else(PoisonError::into_inner) = None;
         if ended.how == Some(Ended::Exited(0)) && !ended.fenced && ended.broken.is_none() {
-            self.mark_clean(elected.ballot)?;
+            match keeper {
+                Some(keeper) => self.finish_with_pages(keeper)?,
+                None => self.mark_clean(elected.ballot)?,
+            }
         }
         Ok(ended.outcome(self.stop_wishes > 0))
     }
 
     /// Watches a running PostgreSQL until all its processes are gone.
-    fn supervise(&mut self, postgres: &Postgres, pgdata: &std::path::Path) -> RunEnd {
+    fn supervise(
+        &mut self,
+        postgres: &Postgres,
+        pgdata: &std::path::Path,
+        mut keeper: Option<&mut AdvisoryKeeper>,
+    ) -> RunEnd {
         let mut end = RunEnd::default();
         let mut ready = false;
         let mut stopping = false;
@@ -539,8 +599,11 @@ impl Agent {
             let wait = match (ready || end.how.is_some(), hurry.at) {
                 (false, _) => Some(READY_INTERVAL),
                 (true, Some(at)) => Some(at.saturating_duration_since(Instant::now())),
-                (true, None) => None,
+                (true, None) => keeper.is_some().then_some(ADVISORY_INTERVAL),
             };
+            if ready && let Some(keeper) = &mut keeper {
+                self.keep_advisory(keeper);
+            }
             let Some(event) = self.next_event(wait) else {
                 if !ready && postmaster_status(pgdata).as_deref() == Some("ready") {
                     ready = true;
@@ -575,6 +638,13 @@ impl Agent {
                         self.status.facts().unsupported_record = Some(error.to_string());
                     }
                     end.broken = Some(error.to_string());
+                    postgres.killer().kill();
+                }
+                Event::StaleTerm(run, words) if run == self.runs => {
+                    tracing::warn!("a page server says that this writer's term is over: {words}");
+                    self.status.facts().last_error = Some(words);
+                    end.fenced = true;
+                    self.status.set_state(State::Fenced);
                     postgres.killer().kill();
                 }
                 event => self.handle_late(event),
@@ -668,65 +738,6 @@ impl Agent {
             address: safekeeper.append.to_string(),
         });
         Configuration { generation: Generation(0), members: members.collect(), new_members: None }
-    }
-}
-
-/// A stop that takes too long: first without a checkpoint, then by force.
-#[derive(Default)]
-struct Hurry {
-    /// When the next step is due.
-    at: Option<Instant>,
-    steps: u32,
-}
-
-impl Hurry {
-    /// Takes the next step when its time has come, or when the agent was told to stop once more.
-    fn up(&mut self, postgres: &Postgres, stop_wishes: u32) {
-        let due = self.at.is_some_and(|at| at <= Instant::now());
-        if !due && stop_wishes <= self.steps + 1 {
-            return;
-        }
-        self.steps += 1;
-        match self.steps {
-            1 => {
-                tracing::warn!("PostgreSQL is ended without a shutdown checkpoint");
-                postgres.stop_immediately();
-                self.at = Some(Instant::now() + IMMEDIATE_LIMIT);
-            }
-            2 => {
-                tracing::warn!("PostgreSQL is killed");
-                postgres.killer().kill();
-                self.at = None;
-            }
-            _ => {}
-        }
-    }
-}
-
-/// How a run of PostgreSQL ended.
-#[derive(Default)]
-struct RunEnd {
-    how: Option<Ended>,
-    failed: Option<String>,
-    broken: Option<String>,
-    fenced: bool,
-}
-
-impl RunEnd {
-    fn outcome(self, stopping: bool) -> Outcome {
-        if self.fenced {
-            Outcome::Fenced
-        } else if stopping {
-            Outcome::Stop
-        } else if let Some(reason) = self.broken.or(self.failed) {
-            Outcome::Again(reason)
-        } else {
-            Outcome::Again(match self.how {
-                Some(Ended::Exited(status)) => format!("PostgreSQL ended with status {status} (its log says why)"),
-                Some(Ended::Signaled(signal)) => format!("PostgreSQL was ended by signal {signal}"),
-                None => "PostgreSQL is gone".to_owned(),
-            })
-        }
     }
 }
 

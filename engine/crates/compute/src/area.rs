@@ -9,8 +9,12 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering::SeqCst},
+        atomic::{
+            AtomicU32,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
+    time::Duration,
 };
 
 use driver::EventFd;
@@ -104,6 +108,12 @@ impl SharedArea {
         if self.renew_lease(until_ns) {
             wake_all(&self.lease_futex);
         }
+    }
+
+    /// Each WAL flush takes so much longer, because the page service lags.
+    pub fn delay_flushes(&self, delay: Duration) {
+        // Bounded by `backpressure::DELAY_MAX`.
+        self.flush_delay_us.store(delay.as_micros() as u32, Relaxed);
     }
 
     /// This writer is fenced: no wait in PostgreSQL returns any more.

@@ -1,6 +1,6 @@
 //! The core: one thread that runs sessions and hears signals.
 
-use std::{io, rc::Rc, sync::Arc, thread::JoinHandle};
+use std::{io, rc::Rc, sync::Arc, task::Poll, thread::JoinHandle};
 
 use driver::{Signals, mpsc, start_core};
 use futures_util::StreamExt;
@@ -88,4 +88,18 @@ async fn run(
             }
         }
     }
+}
+
+/// Lets the core's other tasks run once.
+pub async fn yield_now() {
+    let mut yielded = false;
+    std::future::poll_fn(|context| {
+        if yielded {
+            return Poll::Ready(());
+        }
+        yielded = true;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }

@@ -4,10 +4,13 @@
 //! `framer.rs` (PostgreSQL's WAL as records), `recovery.rs` (where PGDATA comes from), `isolation.rs` (how every process of
 //! PostgreSQL is ended). `docs/compute.md` is for users.
 
+mod advisory;
 mod agent;
 mod area;
 mod backpressure;
 mod base;
+mod cache;
+mod cold_start;
 mod config;
 mod core;
 mod data_dir;
@@ -16,6 +19,7 @@ pub mod isolation;
 mod link;
 mod metrics;
 mod page_service_config;
+mod pages;
 pub mod postgres;
 mod postgres_log;
 mod process_tree;
@@ -26,6 +30,7 @@ mod session;
 mod settings;
 mod settled;
 mod shared_memory;
+mod sparse;
 mod status;
 mod wal_tail;
 
@@ -41,6 +46,7 @@ use crate::{
     isolation::{User, find_user, isolation_name},
     link::Greeting,
     metrics::{CoreView, Metrics},
+    pages::Pages,
     session::Surroundings,
     status::{Identity, Status},
 };
@@ -161,8 +167,9 @@ pub fn run_config(config: Config) -> Result<(), Error> {
         }
     };
     let source = match &config.base_backup {
-        Some(base_backup) => Source::BaseBackup(base::inspect(base_backup)?),
-        None => Source::PageService,
+        Some(base_backup) => Source::BaseBackup(Box::new(base::inspect(base_backup)?)),
+        // One of the two is given: the configuration was checked.
+        None => Source::PageService(config.page_service.clone().expect("one source is given")),
     };
     let data_dir = DataDir::open(&config.data_dir)?;
     let helper = PathBuf::from(OWN_PROGRAM);
@@ -207,11 +214,16 @@ pub fn run_config(config: Config) -> Result<(), Error> {
         .map_err(io_error("start the proposer's thread"))?;
     let routes =
         routes::routes(config.cluster, status.clone(), Arc::new(move |request| from_routes(Event::Request(request))));
+    let tls_of_agent = tls.clone();
     let admin_server = admin::serve(&config.listen.admin, tls, routes).map_err(io_error("listen.admin"))?;
     let metrics_server = admin::serve_metrics(&config.listen.metrics, registry).map_err(io_error("listen.metrics"))?;
 
-    let settings = Settings { config, source, helper, isolation, user };
-    let result = Agent::new(settings, data_dir, core, (mailbox, events), status, metrics).and_then(Agent::run);
+    let pages = match &source {
+        Source::BaseBackup(_) => None,
+        Source::PageService(_) => Some(Pages::start().map_err(io_error("start the pages' thread"))?),
+    };
+    let settings = Settings { config, source, tls: tls_of_agent, helper, isolation, user };
+    let result = Agent::new(settings, data_dir, core, pages, (mailbox, events), status, metrics).and_then(Agent::run);
     admin_server.stop();
     metrics_server.stop();
     Ok(result?)

@@ -1,8 +1,11 @@
 //! Figures about the agent, and what the core shows of itself to the other threads.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use pgtypes::{Instant, Lsn, MemberId};
@@ -18,7 +21,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::area::SharedArea;
+use crate::{area::SharedArea, backpressure::Lag, cache::SharedBlocks};
 
 /// A safekeeper as the proposer sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,6 +43,9 @@ pub struct CoreView {
     record_end: AtomicU64,
     lease_until_ns: AtomicU64,
     quorum: AtomicBool,
+    ingest_lag_bytes: AtomicU64,
+    durable_lag_bytes: AtomicU64,
+    flush_delay_us: AtomicU64,
     members: Mutex<Vec<MemberView>>,
 }
 
@@ -64,6 +70,15 @@ impl CoreView {
         self.quorum.load(Relaxed)
     }
 
+    /// How far the page service is behind, as last seen, and what each flush is slowed by for it.
+    pub fn lag(&self) -> (Lag, Duration) {
+        let lag = Lag {
+            ingest_bytes: self.ingest_lag_bytes.load(Relaxed),
+            durable_bytes: self.durable_lag_bytes.load(Relaxed),
+        };
+        (lag, Duration::from_micros(self.flush_delay_us.load(Relaxed)))
+    }
+
     /// The safekeepers; at most one heartbeat old.
     pub fn members(&self) -> Vec<MemberView> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -83,6 +98,13 @@ impl CoreView {
 
     pub(crate) fn set_quorum(&self, present: bool) {
         self.quorum.store(present, Relaxed);
+    }
+
+    pub(crate) fn set_lag(&self, lag: Lag, flush_delay: Duration) {
+        self.ingest_lag_bytes.store(lag.ingest_bytes, Relaxed);
+        self.durable_lag_bytes.store(lag.durable_bytes, Relaxed);
+        // At most `backpressure::DELAY_MAX`.
+        self.flush_delay_us.store(flush_delay.as_micros() as u64, Relaxed);
     }
 
     pub(crate) fn set_members(&self, members: Vec<MemberView>) {
@@ -105,6 +127,8 @@ pub struct Metrics {
     pub state: Family<StateLabel, Gauge>,
     /// The area of the present PostgreSQL.
     pub area: Arc<Mutex<Option<SharedArea>>>,
+    /// Its block map, where the page service is used.
+    pub blocks: Arc<Mutex<Option<SharedBlocks>>>,
 }
 
 /// Label of the state gauge.
@@ -126,6 +150,7 @@ impl Metrics {
             elections: Counter::default(),
             state: Family::default(),
             area: Arc::default(),
+            blocks: Arc::default(),
         };
         let registry = registry.sub_registry_with_prefix("lakebase_compute");
         let wait = "Time from the agent's look at a WAL write to its commit by a quorum";
@@ -134,7 +159,11 @@ impl Metrics {
         registry.register("postgres_starts", "Starts of PostgreSQL", metrics.postgres_starts.clone());
         registry.register("elections", "Elections begun", metrics.elections.clone());
         registry.register("state", "1 for the agent's present state", metrics.state.clone());
-        registry.register_collector(Box::new(ViewCollector { view, area: metrics.area.clone() }));
+        registry.register_collector(Box::new(ViewCollector {
+            view,
+            area: metrics.area.clone(),
+            blocks: metrics.blocks.clone(),
+        }));
         metrics
     }
 }
@@ -144,6 +173,7 @@ impl Metrics {
 struct ViewCollector {
     view: Arc<CoreView>,
     area: Arc<Mutex<Option<SharedArea>>>,
+    blocks: Arc<Mutex<Option<SharedBlocks>>>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
@@ -186,6 +216,51 @@ impl prometheus_client::collector::Collector for ViewCollector {
             ] {
                 let metric = ConstCounter::new(value);
                 metric.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+            }
+        }
+        if let Some(blocks) = &*self.blocks.lock().unwrap_or_else(PoisonError::into_inner) {
+            let counters = blocks.map().counters();
+            for (name, help, value) in [
+                ("block_hits", "Blocks read that were in the cache", counters.hits),
+                ("block_fills", "Blocks that came from the page service", counters.fills),
+                ("block_waits", "Waits of PostgreSQL for a block", counters.waits),
+                ("block_prefetches", "Blocks asked for in advance", counters.prefetches),
+                (
+                    "block_prefetches_dropped",
+                    "Blocks not asked for in advance: too many were",
+                    counters.prefetches_dropped,
+                ),
+                ("block_evictions", "Blocks given back", counters.evictions),
+                (
+                    "block_failures",
+                    "Blocks that the page service did not give in time, or could not",
+                    counters.failures,
+                ),
+            ] {
+                let metric = ConstCounter::new(value);
+                metric.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+            }
+            let (lag, delay) = view.lag();
+            for (name, help, value) in [
+                ("cached_blocks", "Blocks in the cache that can be given back", counters.present),
+                (
+                    "page_service_ingest_lag_bytes",
+                    "Committed WAL that the slowest shard cannot serve yet",
+                    lag.ingest_bytes,
+                ),
+                (
+                    "page_service_durable_lag_bytes",
+                    "Committed WAL that the slowest shard has not brought to object storage",
+                    lag.durable_bytes,
+                ),
+                (
+                    "flush_delay_microseconds",
+                    "How much each WAL flush is slowed for that lag",
+                    delay.as_micros() as u64,
+                ),
+            ] {
+                let metric = ConstGauge::new(value as i64);
+                metric.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
             }
         }
         Ok(())

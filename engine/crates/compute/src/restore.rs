@@ -77,7 +77,10 @@ pub fn restore(
 
 /// Renames `pgdata` away, which takes no time, and deletes it in the background: a thousand files take a second on a busy disk,
 /// and nobody should wait for that.
-fn put_aside(pgdata: &Path) -> Result<(), RestoreError> {
+///
+/// # Errors
+/// It cannot be renamed, or what was renamed earlier not be deleted.
+pub fn put_aside(pgdata: &Path) -> Result<(), RestoreError> {
     let old = pgdata.with_extension("old");
     // Left over when an earlier deletion was cut short, or is still under way: then it is this thread that waits.
     match fs::remove_dir_all(&old) {

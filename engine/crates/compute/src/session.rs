@@ -11,7 +11,6 @@ use std::{
     pin::pin,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
-    task::Poll,
     time::Duration,
 };
 
@@ -27,6 +26,8 @@ use wire::append::Message;
 
 use crate::{
     area::SharedArea,
+    cache::SharedBlocks,
+    core,
     framer::{Framer, FramerError},
     link::{self, Greeting, Link},
     metrics::{CoreView, MemberView, Metrics},
@@ -76,6 +77,8 @@ pub struct Attachment {
     pub system_id: SystemId,
     /// WAL that is there already and continues the log: the base backup's.
     pub written_before: Option<Written>,
+    /// Its block map, which must know what is committed.
+    pub blocks: Option<SharedBlocks>,
     /// Where the agent puts the means to kill it.
     pub killer: KillSlot,
 }
@@ -151,6 +154,7 @@ struct Wal {
     area: SharedArea,
     framer: Framer,
     queue: SettledQueue,
+    blocks: Option<SharedBlocks>,
     killer: KillSlot,
     /// Base backup's WAL that continues the log.
     written_before: Option<Written>,
@@ -212,7 +216,7 @@ impl Session {
 
     /// Proposes what PostgreSQL writes from now on.
     pub fn attach(self: &Rc<Self>, attachment: Attachment) {
-        let Attachment { area, pgdata, segment_bytes, system_id, written_before, killer } = attachment;
+        let Attachment { area, pgdata, segment_bytes, system_id, written_before, blocks, killer } = attachment;
         let mut state = self.state.borrow_mut();
         let Some(start) = state.proposer.start() else {
             unreachable!("the agent attaches PostgreSQL after the election only");
@@ -226,6 +230,7 @@ impl Session {
             area: area.clone(),
             framer,
             queue: SettledQueue::new(),
+            blocks,
             killer,
             written_before,
             under_way: None,
@@ -319,6 +324,10 @@ impl Session {
             ProposerCommand::Committed { commit_lsn } => {
                 surroundings.view.set_commit_lsn(commit_lsn);
                 if let Some(wal) = &mut state.wal {
+                    // Before the settled flush returns: what it has made durable may be evicted from then on.
+                    if let Some(blocks) = &wal.blocks {
+                        blocks.map().set_commit_lsn(commit_lsn.0);
+                    }
                     self.settle(wal, commit_lsn, now());
                 }
             }
@@ -550,7 +559,7 @@ async fn answer_doorbell(session: Rc<Session>, area: SharedArea) {
     while !session.ended.get() {
         if session.take_wal() {
             // A writer that never pauses must not keep the core from reading acknowledgements.
-            yield_now().await;
+            core::yield_now().await;
             continue;
         }
         let seen = session.state.borrow().wal.as_ref().filter(|wal| !wal.broken).map(|wal| wal.seen);
@@ -561,20 +570,6 @@ async fn answer_doorbell(session: Rc<Session>, area: SharedArea) {
         let ended = session.ending.until(|| session.ended.get().then_some(()));
         drop(select(pin!(waiter.wait()), pin!(ended)).await);
     }
-}
-
-/// Lets the core's other tasks run once.
-async fn yield_now() {
-    let mut yielded = false;
-    std::future::poll_fn(|context| {
-        if yielded {
-            return Poll::Ready(());
-        }
-        yielded = true;
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 fn trouble_text(trouble: &Trouble) -> String {
@@ -622,6 +617,7 @@ mod tests {
             area: SharedArea::create(SEGMENT, 60_000).expect("memory"),
             framer: Framer::new(&pgdata, start, SEGMENT, SystemId(77)),
             queue: SettledQueue::new(),
+            blocks: None,
             killer: KillSlot::default(),
             written_before: None,
             under_way: None,

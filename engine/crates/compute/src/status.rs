@@ -65,7 +65,7 @@ pub struct Facts {
     pub end_of_log: Option<Lsn>,
     /// Process id of the postmaster.
     pub postgres_pid: Option<i32>,
-    /// How PGDATA was made: `reuse`, `base_backup`, `replay`.
+    /// How PGDATA was made: `reuse`, `base_backup`, `replay`, `cold_start`.
     pub recovery: Option<&'static str>,
     /// What went wrong last.
     pub last_error: Option<String>,
@@ -121,6 +121,17 @@ struct StatusBody<'a> {
     last_error: Option<&'a str>,
     unsupported_record: Option<&'a str>,
     safekeepers: Vec<SafekeeperBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    page_service: Option<PageServiceBody>,
+}
+
+#[derive(Debug, Serialize)]
+struct PageServiceBody {
+    ingest_lag_bytes: u64,
+    durable_lag_bytes: u64,
+    flush_delay_us: u64,
+    cached_blocks: u64,
+    failed_blocks: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -139,6 +150,11 @@ impl Status {
         status
     }
 
+    /// What the core shows.
+    pub fn view(&self) -> Arc<CoreView> {
+        self.view.clone()
+    }
+
     /// The facts, to change them.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -154,6 +170,21 @@ impl Status {
         if before != state {
             tracing::info!(state = state.as_str(), "state");
         }
+    }
+
+    /// Present while PostgreSQL runs on the page service.
+    fn page_service(&self) -> Option<PageServiceBody> {
+        let blocks = self.metrics.blocks.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        let counters = blocks.map().counters();
+        let (lag, delay) = self.view.lag();
+        Some(PageServiceBody {
+            ingest_lag_bytes: lag.ingest_bytes,
+            durable_lag_bytes: lag.durable_bytes,
+            // At most `backpressure::DELAY_MAX`.
+            flush_delay_us: delay.as_micros() as u64,
+            cached_blocks: counters.present,
+            failed_blocks: counters.failures,
+        })
     }
 
     /// The answer to `GET /v1/status`.
@@ -187,6 +218,7 @@ impl Status {
             last_error: facts.last_error.as_deref(),
             unsupported_record: facts.unsupported_record.as_deref(),
             safekeepers: self.view.members().into_iter().map(member).collect(),
+            page_service: self.page_service(),
         };
         serde_json::json!(body)
     }

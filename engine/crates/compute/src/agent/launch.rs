@@ -5,6 +5,7 @@ use pgtypes::Incarnation;
 use super::{Agent, AttemptError, Prepared, random};
 use crate::{
     area::SharedArea,
+    config::SafekeeperConfig,
     postgres::{Launch, LogTarget},
     restore::{self, RestoreError},
     session::ElectedEvent,
@@ -39,7 +40,8 @@ impl Agent {
             hints_need_wal: prepared.hints_need_wal,
             replay: last_record.as_deref().map(|last_record| Replay { primary_conninfo: &conninfo, last_record }),
         };
-        let inherited = area.inherited();
+        let mut inherited = area.inherited().to_vec();
+        inherited.extend(prepared.cache.iter().flat_map(|(blocks, _)| blocks.inherited()));
         let preload = match std::env::var("LD_PRELOAD") {
             Ok(others) if !others.is_empty() => format!("{}:{others}", config.postgres.vfs_library.display()),
             _ => config.postgres.vfs_library.display().to_string(),
@@ -63,14 +65,18 @@ impl Agent {
         })
     }
 
+    /// The safekeepers, those first that are known to hold the whole log.
+    pub(super) fn holders_first(&self, elected: &ElectedEvent) -> impl Iterator<Item = &SafekeeperConfig> {
+        let (holders, others): (Vec<_>, Vec<_>) =
+            self.settings.config.safekeepers.iter().partition(|known| elected.holders.contains(&known.member));
+        holders.into_iter().chain(others)
+    }
+
     /// Connection string to the safekeepers, those first that are known to hold the whole log.
     fn primary_conninfo(&self, elected: &ElectedEvent) -> Result<String, AttemptError> {
         let config = &self.settings.config;
-        let (holders, others): (Vec<_>, Vec<_>) =
-            config.safekeepers.iter().partition(|safekeeper| elected.holders.contains(&safekeeper.member));
-        let hosts: Vec<(&str, u16)> = holders
-            .into_iter()
-            .chain(others)
+        let hosts: Vec<(&str, u16)> = self
+            .holders_first(elected)
             .map(|safekeeper| (safekeeper.replication.host.as_str(), safekeeper.replication.port))
             .collect();
         let writer = config.writer.to_string();

@@ -1,0 +1,228 @@
+//! The core that talks to the page service: a thread of its own, so that no commit waits for a page.
+//!
+//! Takes commands from the agent and answers each; what it is asked for takes as long as page servers do, so the agent may
+//! stop waiting. Blocks for a running PostgreSQL are `cache`'s.
+
+use std::{io, rc::Rc, sync::mpsc::SyncSender, thread::JoinHandle, time::Duration};
+
+use driver::{mpsc, now, start_core};
+use futures_util::{
+    StreamExt, TryFutureExt,
+    future::{try_join_all, try_join3},
+};
+use pageclient::{BlockRead, ClientConfig, ForkLengths, Metadata, PageClient, PageError};
+use pgtypes::Lsn;
+use wal::PAGE_BYTES;
+
+use crate::{
+    advisory::ChangedFile,
+    cache::{Cache, CacheSetup},
+    core::CoreEnded,
+    link::Greeting,
+    wal_tail::{TailError, fetch_tail},
+};
+
+/// Commands that may wait. The agent waits for the outcome of most, so there is never more than a handful.
+const COMMANDS_MAX: usize = 16;
+/// How long one question for a base backup may take before it is said that it takes long; the agent asks again.
+const BASE_BACKUP_LIMIT: Duration = Duration::from_secs(10);
+/// Reads under way for one [`PagesCommand::Read`].
+const READS_AT_ONCE: usize = 64;
+/// How long handing in files may take.
+const HAND_IN_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the core is asked for.
+pub enum PagesCommand {
+    /// An attempt begins: what was asked before is given up.
+    Begin(Box<ClientConfig>),
+    /// What a PGDATA as of the end of the log is made from.
+    BaseBackup {
+        /// X.
+        at: Lsn,
+        /// Where the bytes before X in its WAL page are to be had: append addresses of safekeepers.
+        safekeepers: Vec<String>,
+        /// How to greet them.
+        greeting: Box<Greeting>,
+        /// The answer.
+        reply: SyncSender<Result<BaseBackup, BaseBackupError>>,
+    },
+    /// Pages are wanted, each read's in one piece.
+    Read {
+        /// Which.
+        reads: Vec<BlockRead>,
+        /// The answer, in the same order.
+        reply: SyncSender<Result<Vec<Vec<u8>>, BaseBackupError>>,
+    },
+    /// PostgreSQL is about to start: serve the blocks that it asks for.
+    Serve(Box<CacheSetup>),
+    /// PostgreSQL is gone.
+    Rest,
+    /// The page service is to keep these files.
+    HandIn {
+        /// Which.
+        files: Vec<ChangedFile>,
+        /// The answer.
+        reply: SyncSender<HandedIn>,
+    },
+    /// Nothing more is wanted until the next attempt.
+    End,
+}
+
+/// The files that were taken, and why the rest were not.
+pub type HandedIn = (Vec<ChangedFile>, Option<String>);
+
+/// What a PGDATA as of X is made from.
+#[derive(Debug)]
+pub struct BaseBackup {
+    /// Every fork of every relation.
+    pub lengths: ForkLengths,
+    /// Everything else.
+    pub metadata: Metadata,
+    /// The bytes of X's WAL page before X.
+    pub tail: Vec<u8>,
+}
+
+/// Why a base backup is not to be had (yet).
+#[derive(Debug, thiserror::Error)]
+pub enum BaseBackupError {
+    /// From a page server.
+    #[error(transparent)]
+    Pages(#[from] PageError),
+    /// From a safekeeper.
+    #[error(transparent)]
+    Tail(#[from] TailError),
+    /// The attempt is over.
+    #[error("the attempt is over")]
+    Over,
+}
+
+/// The core's handle.
+pub struct Pages {
+    commands: mpsc::Sender<PagesCommand>,
+    _thread: JoinHandle<io::Result<()>>,
+}
+
+impl Pages {
+    /// Starts the core.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start() -> io::Result<Self> {
+        let (commands, received) = mpsc::channel(COMMANDS_MAX);
+        let thread = start_core("pages", move || run(received))?;
+        Ok(Self { commands, _thread: thread })
+    }
+
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// The core has ended.
+    pub fn send(&mut self, command: PagesCommand) -> Result<(), CoreEnded> {
+        self.commands.try_send(command).map_err(|_| CoreEnded)
+    }
+}
+
+async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
+    let mut client: Option<Rc<PageClient>> = None;
+    let mut cache: Option<Rc<Cache>> = None;
+    while let Some(command) = commands.next().await {
+        match command {
+            PagesCommand::Begin(config) => {
+                end(&mut cache);
+                client = match PageClient::new(*config) {
+                    Ok(client) => Some(Rc::new(client)),
+                    Err(error) => unreachable!("the shard map was checked when the configuration was read: {error}"),
+                };
+                client.iter().for_each(|client| client.connect());
+            }
+            PagesCommand::BaseBackup { at, safekeepers, greeting, reply } => {
+                let client = client.clone();
+                driver::spawn(async move {
+                    let result = match client {
+                        Some(client) => base_backup(&client, at, &safekeepers, &greeting).await,
+                        None => Err(BaseBackupError::Over),
+                    };
+                    // The agent has stopped waiting: fenced, or told to stop.
+                    let _unheard = reply.try_send(result);
+                });
+            }
+            PagesCommand::Read { reads, reply } => {
+                let client = client.clone();
+                driver::spawn(async move {
+                    let result = match client {
+                        Some(client) => read(&client, &reads).await,
+                        None => Err(BaseBackupError::Over),
+                    };
+                    let _unheard = reply.try_send(result);
+                });
+            }
+            PagesCommand::Serve(setup) => {
+                end(&mut cache);
+                cache = client.clone().map(|client| Cache::start(client, *setup));
+            }
+            PagesCommand::Rest => end(&mut cache),
+            PagesCommand::HandIn { files, reply } => {
+                let client = client.clone();
+                driver::spawn(async move {
+                    let answer = match client {
+                        Some(client) => hand_in(&client, files).await,
+                        None => (Vec::new(), Some("the attempt is over".to_owned())),
+                    };
+                    let _unheard = reply.try_send(answer);
+                });
+            }
+            PagesCommand::End => {
+                end(&mut cache);
+                client = None;
+            }
+        }
+    }
+}
+
+fn end(cache: &mut Option<Rc<Cache>>) {
+    if let Some(cache) = cache.take() {
+        cache.end();
+    }
+}
+
+async fn base_backup(
+    client: &PageClient,
+    at: Lsn,
+    safekeepers: &[String],
+    greeting: &Greeting,
+) -> Result<BaseBackup, BaseBackupError> {
+    let deadline = now().after(BASE_BACKUP_LIMIT);
+    let page = at.floor(PAGE_BYTES);
+    let tail = async {
+        match page == at {
+            true => Ok(Vec::new()),
+            false => fetch_tail(safekeepers, greeting, page, at).await.map_err(BaseBackupError::from),
+        }
+    };
+    let lengths = client.sizes(at, deadline).map_err(BaseBackupError::from);
+    let metadata = client.metadata(at, deadline).map_err(BaseBackupError::from);
+    let (lengths, metadata, tail) = try_join3(lengths, metadata, tail).await?;
+    Ok(BaseBackup { lengths, metadata, tail })
+}
+
+async fn read(client: &PageClient, reads: &[BlockRead]) -> Result<Vec<Vec<u8>>, BaseBackupError> {
+    let deadline = now().after(BASE_BACKUP_LIMIT);
+    let mut pages = Vec::with_capacity(reads.len());
+    for portion in reads.chunks(READS_AT_ONCE) {
+        let answers = try_join_all(portion.iter().map(|read| client.get_pages(read, deadline))).await?;
+        pages.extend(answers.into_iter().map(|answer| answer.bytes));
+    }
+    Ok(pages)
+}
+
+async fn hand_in(client: &PageClient, files: Vec<ChangedFile>) -> HandedIn {
+    let deadline = now().after(HAND_IN_LIMIT);
+    let mut taken = Vec::new();
+    for file in files {
+        match client.put_advisory(file.name, &file.contents, deadline).await {
+            Ok(_) => taken.push(file),
+            Err(error) => return (taken, Some(error.to_string())),
+        }
+    }
+    (taken, None)
+}
