@@ -21,6 +21,18 @@ pub(crate) struct TlsArguments {
     tls_name: Option<String>,
 }
 
+impl TlsArguments {
+    /// The files, if a certificate is given.
+    pub(crate) fn files(&self) -> Option<TlsFiles> {
+        let (dir, name) = (self.tls_dir.as_ref()?, self.tls_name.as_ref()?);
+        Some(TlsFiles {
+            ca: dir.join("ca.pem"),
+            certificate: dir.join(format!("{name}.pem")),
+            key: dir.join(format!("{name}.key")),
+        })
+    }
+}
+
 /// A client of admin ports.
 pub(crate) struct Client {
     http: blocking::Client,
@@ -45,12 +57,7 @@ impl Client {
         // reqwest asks for the process-wide one even where it is given a whole configuration. Fails when it is set already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut builder = blocking::Client::builder().timeout(TIMEOUT).no_proxy();
-        if let (Some(dir), Some(name)) = (&tls.tls_dir, &tls.tls_name) {
-            let files = TlsFiles {
-                ca: dir.join("ca.pem"),
-                certificate: dir.join(format!("{name}.pem")),
-                key: dir.join(format!("{name}.key")),
-            };
+        if let Some(files) = tls.files() {
             let config = Tls::load(files)?.client_config();
             builder = builder.tls_backend_preconfigured((*config).clone());
         } else {

@@ -4,14 +4,18 @@
 
 mod ca;
 mod compute_command;
+mod export_command;
 mod fence;
 mod grant;
 mod http;
+mod import_command;
 mod log_command;
 mod membership;
 mod quorum;
 mod safekeeper_command;
 mod status;
+mod store;
+mod transfer_progress;
 
 use std::process::ExitCode;
 
@@ -35,6 +39,10 @@ enum Command {
     /// Development certificates
     #[command(subcommand)]
     Ca(ca::Command),
+    /// Make a new lakebase of a stopped PGDATA: its pages become the first layers on object storage
+    Import(import_command::Arguments),
+    /// Write a lakebase, as of now or earlier, to an ordinary PGDATA that stock PostgreSQL 17 starts
+    Export(export_command::Arguments),
     /// Logs on safekeepers
     #[command(subcommand)]
     Log(log_command::Command),
@@ -73,6 +81,8 @@ fn main() -> ExitCode {
     }
     let result = match Arguments::parse().command {
         Command::Safekeeper(arguments) => safekeeper_command::run(&arguments),
+        Command::Import(arguments) => import_command::run(&arguments),
+        Command::Export(arguments) => export_command::run(&arguments),
         Command::Compute(arguments) => compute_command::run(&arguments),
         Command::Ca(command) => ca::run(&command),
         Command::Log(command) => log_command::run(&command),
