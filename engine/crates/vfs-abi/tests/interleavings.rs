@@ -275,7 +275,7 @@ fn eviction_of_a_dropped_file_leaves_its_successor_alone() {
             thread::spawn(move || world.evict(0, file))
         };
         let map = world.map();
-        map.remove_file(&FILE, &Yield, || world.put(0, 0));
+        map.remove_file(&FILE, &Yield, |_| world.put(0, 0));
         let other = map.add_file(OTHER, 0, false, &Yield).unwrap();
         world.write(1, other, COMMIT_LSN);
         evictor.join().unwrap();
@@ -302,7 +302,7 @@ fn agents_eviction_punches_the_file_that_it_claimed() {
             })
         };
         let map = world.map();
-        map.remove_file(&FILE, &Yield, || world.put(0, 0));
+        map.remove_file(&FILE, &Yield, |_| world.put(0, 0));
         let other = map.add_file(OTHER, 0, false, &Yield).unwrap();
         world.write(1, other, COMMIT_LSN);
         evictor.join().unwrap();

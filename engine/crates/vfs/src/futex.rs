@@ -34,6 +34,19 @@ pub fn wait(word: &AtomicU32, expected: u32, timeout_ms: u32) -> Wait {
     }
 }
 
+/// Wakes everybody who sleeps on `word`.
+pub fn wake_all(word: &AtomicU32) {
+    // SAFETY: the kernel keeps no reference; the futex is shared as in `wait`.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
+}
+
+/// Sleeps for `us` microseconds (below one second), or until a signal handler has run.
+pub fn sleep_us(us: u32) {
+    let time = libc::timespec { tv_sec: 0, tv_nsec: i64::from(us) * 1000 };
+    // SAFETY: the kernel only reads `time`.
+    unsafe { libc::nanosleep(&raw const time, core::ptr::null_mut()) };
+}
+
 /// Nanoseconds of `CLOCK_BOOTTIME`, which also runs while the machine is suspended. A vDSO call, about 25 ns.
 pub fn boottime_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };

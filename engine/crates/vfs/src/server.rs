@@ -5,7 +5,9 @@ use crate::{
     fd_table::WalFile,
     futex::KeepErrno,
     paths::{PathKind, classify, segment_start},
-    real, report,
+    real,
+    relation::Relations,
+    report,
 };
 use core::{
     ffi::{CStr, c_int},
@@ -23,6 +25,8 @@ pub struct Server {
     pub doorbell: c_int,
     /// Read end of the pipe whose other end the agent holds.
     pub agent: c_int,
+    /// The block map; none when relation files are local files.
+    pub relations: Option<Relations>,
     /// Absolute path of PGDATA, without a trailing slash.
     pub pgdata: &'static [u8],
     /// Device and inode of PGDATA.
@@ -73,17 +77,9 @@ impl Server {
         }
     }
 
-    /// Wakes the agent.
+    /// Wakes the agent for WAL.
     pub fn ring(&self) {
-        let _keep = KeepErrno::new();
-        let one: u64 = 1;
-        // SAFETY: an eventfd takes exactly these 8 bytes.
-        let written = unsafe { real::write(self.doorbell, (&raw const one).cast(), size_of::<u64>()) };
-        // EAGAIN: the counter is at its maximum, so the agent has been called already.
-        if written != 8 && crate::futex::errno() != libc::EAGAIN {
-            let error = std::io::Error::last_os_error();
-            report::end(format_args!("cannot wake the compute agent: {error}"));
-        }
+        ring(self.doorbell);
     }
 
     /// What opening `path` means. A WAL segment of a server that is not configured as the agent believes ends it.
@@ -114,6 +110,19 @@ impl Server {
                 "no WAL segment {timeline:08X}{high:08X}{low:08X} exists with segments of {expected} bytes"
             )),
         }
+    }
+}
+
+/// Adds to an eventfd on which a thread of the agent sleeps.
+pub fn ring(doorbell: c_int) {
+    let _keep = KeepErrno::new();
+    let one: u64 = 1;
+    // SAFETY: an eventfd takes exactly these 8 bytes.
+    let written = unsafe { real::write(doorbell, (&raw const one).cast(), size_of::<u64>()) };
+    // EAGAIN: the counter is at its maximum, so the agent has been called already.
+    if written != 8 && crate::futex::errno() != libc::EAGAIN {
+        let error = std::io::Error::last_os_error();
+        report::end(format_args!("cannot wake the compute agent: {error}"));
     }
 }
 

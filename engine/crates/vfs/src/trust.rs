@@ -2,14 +2,16 @@
 #![allow(unsafe_code)]
 
 use crate::{
+    backend::Backend,
     fd_table::{self, Entry},
     real,
+    relation::Relations,
     server::{Server, file_identity},
 };
 use core::{
     ffi::{CStr, c_int, c_void},
     fmt,
-    sync::atomic::{AtomicBool, AtomicI32, Ordering::Acquire, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed},
 };
 use std::{
     env,
@@ -24,6 +26,7 @@ use std::{
 use vfs_abi::{
     AREA_BYTES, Area, ENV_AGENT_FD, ENV_AREA, ENV_DOORBELL, ENV_PGDATA, ENV_TRUST, LIBRARY_FILE, MAGIC, ROLE_REPLICA,
     ROLE_WRITER, TRUST_FILE,
+    blocks::{BlockMap, ENV_BLOCKS, ENV_BLOCKS_DOORBELL, HEADER_WORDS, Layout, LayoutFault},
 };
 
 /// Why this server may not start. Each is one line for a person.
@@ -35,6 +38,9 @@ pub enum Refusal {
     Descriptor(&'static str, c_int, io::Error),
     Area(io::Error),
     AreaSize(u64),
+    Blocks(io::Error),
+    BlocksSize { expected: u64, found: u64 },
+    BlocksLayout(LayoutFault),
     Magic(u64),
     SegmentBytes(u64),
     Role(u32),
@@ -54,6 +60,11 @@ impl fmt::Display for Refusal {
             Self::Descriptor(name, fd, error) => write!(f, "{name} names descriptor {fd}, which is not open: {error}"),
             Self::Area(error) => write!(f, "cannot map the area of the compute agent: {error}"),
             Self::AreaSize(bytes) => write!(f, "the area has {bytes} bytes instead of {AREA_BYTES}"),
+            Self::Blocks(error) => write!(f, "cannot map the block map of the compute agent: {error}"),
+            Self::BlocksSize { expected, found } => {
+                write!(f, "the block map has {found} bytes instead of the {expected} of its header")
+            }
+            Self::BlocksLayout(fault) => fault.fmt(f),
             Self::Magic(found) => write!(
                 f,
                 "the area has the magic number {found:#018x} instead of {MAGIC:#018x}: \
@@ -96,6 +107,16 @@ pub fn establish() -> Result<Server, Refusal> {
     let agent = descriptor(ENV_AGENT_FD)?;
 
     let area = map_area(&area)?;
+    let relations = match env::var_os(ENV_BLOCKS) {
+        None => None,
+        Some(_) => {
+            let map = map_blocks(&variable(ENV_BLOCKS)?)?;
+            let doorbell = descriptor(ENV_BLOCKS_DOORBELL)?;
+            fd_table::set(doorbell, Entry::Own);
+            let backend = Backend::find(|name| symbol(name).ok_or_else(|| Refusal::NotPostgres(name_of(name))))?;
+            Some(Relations { map, doorbell, backend, pinned_below: area.segment_bytes.load(Relaxed) })
+        }
+    };
     let pgdata = absolute_directory(pgdata)?;
     let pgdata_identity = CString::new(pgdata.as_bytes())
         .ok()
@@ -112,6 +133,7 @@ pub fn establish() -> Result<Server, Refusal> {
         area,
         doorbell,
         agent,
+        relations,
         pgdata: Box::leak(pgdata.into_vec().into_boxed_slice()),
         pgdata_identity,
         postmaster: std::process::id(),
@@ -158,32 +180,69 @@ fn descriptor(name: &'static str) -> Result<c_int, Refusal> {
     Ok(fd)
 }
 
-fn map_area(value: &OsString) -> Result<&'static Area, Refusal> {
-    let file = if value.as_bytes()[0] == b'/' {
-        fs::File::options().read(true).write(true).open(value).map_err(Refusal::Area)?
-    } else {
-        // SAFETY: the descriptor was made for us by the agent; nobody else in this process uses it, and it is closed
-        // once mapped.
-        unsafe { OwnedFd::from_raw_fd(descriptor(ENV_AREA)?) }.into()
-    };
-    let bytes = file.metadata().map_err(Refusal::Area)?.len();
-    if bytes != AREA_BYTES as u64 {
-        return Err(Refusal::AreaSize(bytes));
+/// A file of shared memory, by the value of the variable `name`: a path, or an inherited descriptor.
+fn shared_file(name: &'static str, value: &OsString, fault: fn(io::Error) -> Refusal) -> Result<fs::File, Refusal> {
+    if value.as_bytes()[0] == b'/' {
+        return fs::File::options().read(true).write(true).open(value).map_err(fault);
     }
-    // SAFETY: a new shared mapping of the whole file; nothing is replaced.
+    // SAFETY: the descriptor was made for us by the agent; nobody else in this process uses it, and it is closed once
+    // mapped.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor(name)?) }.into())
+}
+
+/// Maps the first `bytes` of a file, for the life of the process.
+fn map_shared(file: &fs::File, bytes: usize) -> io::Result<*mut c_void> {
+    // SAFETY: a new shared mapping; nothing is replaced.
     let address = unsafe {
         libc::mmap(
             core::ptr::null_mut(),
-            AREA_BYTES,
+            bytes,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED,
             file.as_raw_fd(),
             0,
         )
     };
-    if address == libc::MAP_FAILED {
-        return Err(Refusal::Area(io::Error::last_os_error()));
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address) }
+}
+
+fn map_blocks(value: &OsString) -> Result<BlockMap<'static>, Refusal> {
+    let file = shared_file(ENV_BLOCKS, value, Refusal::Blocks)?;
+    let found = file.metadata().map_err(Refusal::Blocks)?.len();
+    let header_bytes = HEADER_WORDS * size_of::<AtomicU64>();
+    let bytes = usize::try_from(found).ok().filter(|bytes| *bytes >= header_bytes);
+    let bytes = bytes.ok_or(Refusal::BlocksSize { expected: header_bytes as u64, found })?;
+    let address = map_shared(&file, bytes).map_err(Refusal::Blocks)?;
+    // SAFETY: page-aligned, mapped at least so long, never unmapped; all bit patterns of atomics are valid.
+    let header = unsafe { core::slice::from_raw_parts(address.cast::<AtomicU64>(), HEADER_WORDS) };
+    let layout = Layout::read(header).map_err(Refusal::BlocksLayout)?;
+    if layout.region_bytes() != found {
+        return Err(Refusal::BlocksSize { expected: layout.region_bytes(), found });
     }
+    // SAFETY: as above; the two slices lie side by side and fill the region exactly, as was just compared.
+    let (wide, narrow) = unsafe {
+        let wide = address.cast::<AtomicU64>();
+        let narrow = wide.add(layout.wide_words()).cast::<AtomicU32>();
+        (
+            core::slice::from_raw_parts(wide, layout.wide_words()),
+            core::slice::from_raw_parts(narrow, layout.narrow_words()),
+        )
+    };
+    Ok(BlockMap::from_raw(layout, wide, narrow))
+}
+
+/// The text of a symbol's name, for a message.
+fn name_of(name: &'static CStr) -> &'static str {
+    name.to_str().unwrap_or("a symbol")
+}
+
+fn map_area(value: &OsString) -> Result<&'static Area, Refusal> {
+    let file = shared_file(ENV_AREA, value, Refusal::Area)?;
+    let bytes = file.metadata().map_err(Refusal::Area)?.len();
+    if bytes != AREA_BYTES as u64 {
+        return Err(Refusal::AreaSize(bytes));
+    }
+    let address = map_shared(&file, AREA_BYTES).map_err(Refusal::Area)?;
     // SAFETY: page-aligned, AREA_BYTES >= size_of::<Area>() (asserted there), never unmapped; every word is an atomic,
     // for which all bit patterns are valid.
     let area = unsafe { &*address.cast::<Area>() };
@@ -228,7 +287,7 @@ fn compare_trust(pgdata: &OsString, trust: &OsString) -> Result<(), Refusal> {
 fn clean_environment() {
     // SAFETY: the constructor runs before `main`, when the process has one thread.
     unsafe {
-        for name in [ENV_AREA, ENV_PGDATA, ENV_TRUST, ENV_DOORBELL, ENV_AGENT_FD] {
+        for name in [ENV_AREA, ENV_PGDATA, ENV_TRUST, ENV_DOORBELL, ENV_AGENT_FD, ENV_BLOCKS, ENV_BLOCKS_DOORBELL] {
             env::remove_var(name);
         }
         if let Some(list) = env::var_os("LD_PRELOAD") {

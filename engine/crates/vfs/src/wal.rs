@@ -7,7 +7,7 @@ use crate::{
     server::Server,
 };
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
-use vfs_abi::Area;
+use vfs_abi::{Area, FLUSH_DELAY_US_MAX};
 
 /// A waiting process looks after the agent's pipe this often.
 pub const AGENT_CHECK_MS: u32 = 250;
@@ -40,6 +40,11 @@ pub fn flush(server: &Server, file: WalFile) {
     // A number of writes, not a position: the last page is written again and again with the same end (vfs-abi).
     let target = server.area.flush_target();
     server.end_if_fenced();
+    // Backpressure, while the WAL is on its way to the safekeepers: page servers that lag slow the writer down.
+    let delay_us = server.area.flush_delay_us.load(Relaxed).min(FLUSH_DELAY_US_MAX);
+    if delay_us != 0 {
+        futex::sleep_us(delay_us);
+    }
     if server.area.is_settled(target) {
         return;
     }

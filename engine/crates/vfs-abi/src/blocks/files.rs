@@ -196,16 +196,17 @@ impl<'a> BlockMap<'a> {
         locked.insert(key, 0, false).map(Some)
     }
 
-    /// Takes a file out of the map and calls `unlink`, which removes it from the disk.
+    /// Takes a file out of the map and calls `unlink`, which removes it from the disk and is told whether the map had it.
     ///
     /// Nobody can open, fill or evict the file in between: fills and evictions that are being written are waited for
     /// (local work), later ones find a new version. Whoever still has it open is not tracked any more.
-    pub fn remove_file<R>(&self, key: &FileKey, signals: &impl Signals, unlink: impl FnOnce() -> R) -> R {
+    pub fn remove_file<R>(&self, key: &FileKey, signals: &impl Signals, unlink: impl FnOnce(bool) -> R) -> R {
         let locked = self.lock(signals);
-        if let Some(file) = locked.find(key) {
+        let file = locked.find(key);
+        if let Some(file) = file {
             locked.forget(key, file);
         }
-        unlink()
+        unlink(file.is_some())
     }
 
     /// The chunk that holds `block`, taken now if the file has none there; none if the file is gone.

@@ -25,7 +25,7 @@ pub use layout::{
 };
 pub use library::{Blocked, Purpose, Requested, WriteClaim, WriteOutcome};
 pub use sync::{AtomicU32, AtomicU64};
-pub use word::Kind;
+pub use word::{Kind, Word};
 
 use layout::{narrow, wide};
 use sync::Ordering::{Relaxed, SeqCst};
