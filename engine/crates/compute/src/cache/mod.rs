@@ -9,6 +9,8 @@ mod files;
 mod fills;
 mod map;
 mod outage;
+#[cfg(test)]
+mod tests;
 
 use std::{
     cell::{Cell, RefCell},
