@@ -75,32 +75,34 @@ pub fn rebuild_page<'a>(
     page: &mut Page,
 ) -> Result<Presence, RebuildError> {
     page.0.fill(0);
-    let mut presence = Presence::Absent;
+    let mut presence = Ok(Presence::Absent);
     for (lsn, kind, value) in chain {
         let error = |cause| RebuildError { key, lsn, cause };
         presence = match kind {
             ValueKind::Absent => {
                 page.0.fill(0);
-                Presence::Absent
+                Ok(Presence::Absent)
             }
-            ValueKind::Image => {
-                page.0 =
-                    *<&[u8; PAGE_BYTES]>::try_from(value).map_err(|_| error(PoisonCause::ImageLength(value.len())))?;
-                Presence::Present
-            }
-            ValueKind::Record | ValueKind::InitRecord => {
-                if kind == ValueKind::InitRecord {
-                    page.0.fill(0);
+            ValueKind::Image => match <&[u8; PAGE_BYTES]>::try_from(value) {
+                Ok(image) => {
+                    page.0 = *image;
+                    Ok(Presence::Present)
                 }
-                replay(key, lsn, value, page).map_err(error)?;
-                Presence::Present
+                Err(_) => Err(error(PoisonCause::ImageLength(value.len()))),
+            },
+            // Only a value that starts the page heals it.
+            ValueKind::Record if presence.is_err() => presence,
+            ValueKind::Record => replay(key, lsn, value, page).map_err(error),
+            ValueKind::InitRecord => {
+                page.0.fill(0);
+                replay(key, lsn, value, page).map_err(error)
             }
         };
     }
-    Ok(presence)
+    presence
 }
 
-fn replay(key: Key, lsn: Lsn, value: &[u8], page: &mut Page) -> Result<(), PoisonCause> {
+fn replay(key: Key, lsn: Lsn, value: &[u8], page: &mut Page) -> Result<Presence, PoisonCause> {
     if value.get(STORED_HEADER_BYTES - 2..STORED_HEADER_BYTES) == Some(&POISON_MARK) {
         let cause = String::from_utf8_lossy(&value[STORED_HEADER_BYTES..]);
         return Err(PoisonCause::Poisoned(cause.into_owned()));
@@ -115,11 +117,12 @@ fn replay(key: Key, lsn: Lsn, value: &[u8], page: &mut Page) -> Result<(), Poiso
                 apply(&record, &touch, page, &CONTEXT)?;
                 touches += 1;
             }
-            if touches == 0 { Err(PoisonCause::NotTouched) } else { Ok(()) }
+            if touches == 0 { Err(PoisonCause::NotTouched) } else { Ok(Presence::Present) }
         }
         Ok(KeyKind::Slru(slru, number)) => {
             const { assert!(PAGE_BYTES == SLRU_PAGE_BYTES) };
-            Ok(apply_slru(&record, metadata_slru(slru), number, &mut page.0)?)
+            apply_slru(&record, metadata_slru(slru), number, &mut page.0)?;
+            Ok(Presence::Present)
         }
         _ => Err(PoisonCause::Key),
     }

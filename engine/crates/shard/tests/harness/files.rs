@@ -36,6 +36,9 @@ pub struct Files {
     pub origins: Origins,
 }
 
+/// Files of a fork, by number.
+type Segments = Vec<(usize, Vec<u8>)>;
+
 fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).expect("a directory");
     let mut names: Vec<String> =
@@ -99,7 +102,7 @@ impl Files {
 
     fn load_database(&mut self, directory: &Path, database: Database) {
         let Database { tablespace, database: number } = database;
-        let mut forks: BTreeMap<(RelFileLocator, Fork), Vec<(usize, Vec<u8>)>> = BTreeMap::new();
+        let mut forks: BTreeMap<(RelFileLocator, Fork), Segments> = BTreeMap::new();
         for name in names(directory) {
             let Some((relation, fork, segment)) = parse(&name) else { continue };
             let relation = RelFileLocator { tablespace, database: number, relation };
