@@ -275,6 +275,7 @@ fn judge(server: &Server<'_>, base: &Path, start: Lsn, hint_bits_logged: bool) -
         assert!(found * 2 > *tried, "{found} of {tried} changed bytes were found, resource manager {rmgr}");
     }
     assert!(oracle.refused > 0, "no damaged record was refused");
+    assert!(oracle.trimmed_bytes > 0, "no record was trimmed");
     oracle
 }
 

@@ -91,6 +91,8 @@ pub struct Oracle {
     /// Records.
     pub records: u64,
     pub implied: u64,
+    /// Bytes that records lost when they were trimmed to a block, as page servers get them.
+    pub trimmed_bytes: u64,
     /// Of whole relations and databases.
     pub events: BTreeMap<&'static str, u64>,
     pub faults: u64,
@@ -115,6 +117,7 @@ impl Oracle {
             unsupported: BTreeMap::new(),
             records: 0,
             implied: 0,
+            trimmed_bytes: 0,
             events: BTreeMap::new(),
             faults: 0,
             flipped: BTreeMap::new(),
@@ -202,6 +205,11 @@ impl Oracle {
             self.refused += try_damaged(&mut self.random, record, &pages, &self.context);
         }
         for touch in blocks_of(record).collect::<Vec<_>>() {
+            let trimmed = trimmed_to(record, touch.tag);
+            self.trimmed_bytes += (record.payload().len() - trimmed.payload().len()) as u64;
+            if blocks_of(&trimmed).ne(blocks_of(record)) || events_of(&trimmed).ne(events_of(record)) {
+                self.fault(record, touch.tag, "trimmed to this block, the record touches others");
+            }
             let mut held = self.pages.remove(&touch.tag).unwrap_or_else(|| Held {
                 page: Box::new(self.load(touch.tag)),
                 rmgr,
@@ -217,7 +225,14 @@ impl Oracle {
                 self.implied += 1;
             }
             held.hollow |= touch.tag.fork == Fork::VisibilityMap && rmgr == XLOG;
-            match apply(record, &touch, &mut held.page, &self.context) {
+            let mut from_trimmed = held.page.clone();
+            let outcome_of_trimmed = apply(&trimmed, &touch, &mut from_trimmed, &self.context);
+            let outcome = apply(record, &touch, &mut held.page, &self.context);
+            if outcome != outcome_of_trimmed || outcome.is_ok() && from_trimmed.0 != held.page.0 {
+                let what = format!("trimmed to this block, the record gives another page: {outcome_of_trimmed:?}");
+                self.fault(record, touch.tag, &what);
+            }
+            match outcome {
                 Ok(Applied::AlreadyThere) => self.fault(record, touch.tag, "the page already has the record"),
                 Ok(_) => held.unsupported &= !is_remade(record, touch.reason),
                 Err(RedoError::Unsupported { .. }) => {
@@ -316,8 +331,8 @@ impl Oracle {
     /// Records compared and not supported, per resource manager and kind.
     pub fn report(&self) -> String {
         let mut text = format!(
-            "{} records, {} implied blocks, {} refused of those that were damaged\n",
-            self.records, self.implied, self.refused
+            "{} records, {} implied blocks, {} refused of those that were damaged, {} bytes trimmed\n",
+            self.records, self.implied, self.refused, self.trimmed_bytes
         );
         writeln!(text, "{:?}", self.events).expect("a string grows");
         for (what, counts) in
@@ -346,6 +361,13 @@ fn keep_common_bits(ours: &Page, theirs: &mut Page) {
     for (ours, theirs) in ours.0.iter().zip(&mut theirs.0).skip(HEADER_BYTES) {
         *theirs &= *ours;
     }
+}
+
+/// The record as a page server has it that holds this block only.
+fn trimmed_to(record: &Record, tag: BlockTag) -> Record {
+    let stored =
+        record.to_stored(|block| BlockTag { relation: block.relation, fork: block.fork, block: block.block } == tag);
+    Record::from_stored(record.info.start, record.info.end, &stored).expect("a stored record")
 }
 
 /// Whether the record makes the page anew, whatever it was.
