@@ -1,7 +1,6 @@
 //! The plan: everything that a PGDATA as of X consists of.
 
 use alloc::{collections::BTreeMap, format, string::String, vec::Vec};
-
 use core::mem;
 
 use layers::{Key, Slru};
