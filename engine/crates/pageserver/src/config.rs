@@ -261,8 +261,7 @@ impl Config {
         if ingest.freeze_interval.is_zero() {
             return Err("ingest.freeze_interval: at least \"1s\"".to_owned());
         }
-        let ports =
-            [("pages", &self.listen.pages), ("admin", &self.listen.admin), ("metrics", &self.listen.metrics)];
+        let ports = [("pages", &self.listen.pages), ("admin", &self.listen.admin), ("metrics", &self.listen.metrics)];
         for (name, address) in ports {
             // Numbers and `localhost` resolve without asking anyone; a wrong name is better found here than by a thread.
             address
