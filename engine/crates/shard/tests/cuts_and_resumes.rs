@@ -51,9 +51,9 @@ fn ingest_items(ingest: &mut Ingest, store: &Store, batch: Batch, sequence: &mut
         });
         assert_eq!(None, done.fault);
         for block in done.copy.iter().flat_map(|copy| copy.blocks()) {
-            match rebuild(block.from, store.chain(block.from, block.floor, item.end)).expect("a sound page") {
-                Rebuilt::Page(page) => sequence.push((block.to, item.end, ValueKind::Image, page.0.to_vec())),
-                _ => {}
+            let page = rebuild(block.from, store.chain(block.from, block.floor, item.end)).expect("a sound page");
+            if let Rebuilt::Page(page) = page {
+                sequence.push((block.to, item.end, ValueKind::Image, page.0.to_vec()));
             }
         }
     }
