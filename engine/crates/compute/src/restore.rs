@@ -75,29 +75,51 @@ pub fn restore(
     copy.wal(source, base, pgdata)
 }
 
-/// Renames `pgdata` away, which takes no time, and deletes it in the background: a thousand files take a second on a busy disk,
-/// and nobody should wait for that.
+/// Renames `pgdata` away, which takes no time, and deletes it in the background, with what earlier starts left behind: a
+/// thousand files take a second on a busy disk, and nobody should wait for that. No draft of a new PGDATA may exist yet.
 ///
 /// # Errors
-/// It cannot be renamed, or what was renamed earlier not be deleted.
+/// It cannot be renamed.
 pub fn put_aside(pgdata: &Path) -> Result<(), RestoreError> {
-    let old = pgdata.with_extension("old");
-    // Left over when an earlier deletion was cut short, or is still under way: then it is this thread that waits.
-    match fs::remove_dir_all(&old) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&old)(error)),
+    let free = (0..).map(|number: u32| pgdata.with_extension(format!("old-{number}"))).find(|path| !path.exists());
+    let old = free.expect("there are fewer directories than numbers");
+    match fs::rename(pgdata, &old) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(pgdata)(error)),
         _ => {}
     }
-    match fs::rename(pgdata, &old) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(at(pgdata)(error)),
-        Ok(()) => {}
+    let leftovers = leftovers(pgdata)?;
+    if leftovers.is_empty() {
+        return Ok(());
     }
     let delete = move || {
-        if let Err(error) = fs::remove_dir_all(&old) {
-            tracing::debug!(%error, path = %old.display(), "the old data directory is deleted with the next restore");
+        for path in leftovers {
+            match fs::remove_dir_all(&path) {
+                // By the thread of the start before.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::debug!(%error, path = %path.display(), "a leftover is deleted with the next restore");
+                }
+                Ok(()) => {}
+            }
         }
     };
     std::thread::Builder::new().name("delete-pgdata".into()).spawn(delete).map(drop).map_err(at(pgdata))
+}
+
+/// Directories beside `pgdata` that were put aside, or never became it.
+fn leftovers(pgdata: &Path) -> Result<Vec<PathBuf>, RestoreError> {
+    let (Some(parent), Some(name)) = (pgdata.parent(), pgdata.file_name()) else { return Ok(Vec::new()) };
+    let name = name.to_string_lossy();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(parent).map_err(at(parent))? {
+        let entry = entry.map_err(at(parent))?;
+        let other = entry.file_name();
+        let suffix = other.to_str().and_then(|other| other.strip_prefix(&*name)).unwrap_or_default();
+        if suffix.starts_with(".old") || suffix.starts_with(".new-") {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
 }
 
 struct Copy<'a> {
@@ -251,6 +273,33 @@ pub fn prepare_replay(pgdata: &Path, timelines: &TimelineHistory, user: Option<&
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A start that was killed in the middle must not leave its half of a PGDATA on the disk for ever.
+    #[test]
+    fn what_earlier_starts_left_is_deleted_with_the_pgdata_before() {
+        let directory = std::env::temp_dir().join(format!("lakebase-put-aside-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&directory);
+        let pgdata = directory.join("pgdata");
+        for name in ["pgdata", "pgdata.old", "pgdata.old-0", "pgdata.new-0badf00d", "pgdata.mine", "run"] {
+            fs::create_dir_all(directory.join(name).join("base")).expect("created");
+        }
+        put_aside(&pgdata).expect("renamed");
+        assert!(!pgdata.exists());
+        let names = || -> Vec<String> {
+            let entries = fs::read_dir(&directory).expect("read");
+            let mut names: Vec<String> =
+                entries.map(|entry| entry.expect("read").file_name().to_string_lossy().into()).collect();
+            names.sort();
+            names
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while names() != ["pgdata.mine", "run"] {
+            assert!(std::time::Instant::now() < deadline, "{:?}", names());
+            std::thread::yield_now();
+        }
+        put_aside(&pgdata).expect("nothing is there");
+        fs::remove_dir_all(directory).expect("removed");
+    }
 
     #[test]
     fn only_our_own_stale_socket_is_removed() {

@@ -36,18 +36,20 @@ enum Say {
     Nothing,
 }
 
+type Answers = Rc<RefCell<dyn FnMut(&GetPages) -> Say>>;
+
 /// A page server; page `n` is full of the low byte of `n`.
 #[derive(Clone)]
 struct Server {
     asked: Rc<RefCell<Vec<GetPages>>>,
-    say: Rc<RefCell<Box<dyn FnMut(&GetPages) -> Say>>>,
+    say: Answers,
 }
 
 impl Server {
     fn start(say: impl FnMut(&GetPages) -> Say + 'static) -> (Server, String) {
         let listener = Listener::listen("127.0.0.1:0").expect("listening");
         let address = listener.local_address().expect("bound").to_string();
-        let server = Server { asked: Rc::default(), say: Rc::new(RefCell::new(Box::new(say))) };
+        let server = Server { asked: Rc::default(), say: Rc::new(RefCell::new(say)) };
         let accepting = server.clone();
         drop(driver::spawn(async move {
             while let Ok(connection) = listener.accept().await {
