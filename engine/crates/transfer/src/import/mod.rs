@@ -151,7 +151,7 @@ pub fn run(import: &Import, storage: &RemoteStorage, progress: &dyn Progress) ->
     if objects > 0 {
         return Err(ImportError::Leftovers { cluster, objects });
     }
-    let scratch = Scratch::create(&import.scratch)?;
+    let scratch = Scratch::create(&import.scratch, cluster)?;
     let result = Importer { import, storage, progress, scratch: &scratch.path }.run();
     if result.is_err() {
         remove_all(storage, cluster);
@@ -172,8 +172,8 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn create(parent: &Path) -> Result<Scratch, ImportError> {
-        let path = parent.join(format!("lakebase-import-{}", std::process::id()));
+    fn create(parent: &Path, cluster: ClusterId) -> Result<Scratch, ImportError> {
+        let path = parent.join(format!("lakebase-import-{cluster}-{}", std::process::id()));
         fs::create_dir(&path).map_err(|cause| ImportError::Scratch { path: path.clone(), cause })?;
         Ok(Scratch { path })
     }
