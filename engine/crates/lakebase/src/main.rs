@@ -11,6 +11,7 @@ mod http;
 mod import_command;
 mod log_command;
 mod membership;
+mod pageserver_command;
 mod quorum;
 mod safekeeper_command;
 mod status;
@@ -34,6 +35,8 @@ struct Arguments {
 enum Command {
     /// Run a safekeeper: stores the WAL of many logs, votes, serves followers
     Safekeeper(safekeeper_command::Arguments),
+    /// Run a page server: one shard of a lakebase's pages, kept as layers in object storage
+    Pageserver(pageserver_command::Arguments),
     /// Run a compute agent: supervises one PostgreSQL and brings its WAL to the safekeepers
     Compute(compute_command::Arguments),
     /// Development certificates
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
     }
     let result = match Arguments::parse().command {
         Command::Safekeeper(arguments) => safekeeper_command::run(&arguments),
+        Command::Pageserver(arguments) => pageserver_command::run(&arguments),
         Command::Import(arguments) => import_command::run(&arguments),
         Command::Export(arguments) => export_command::run(&arguments),
         Command::Compute(arguments) => compute_command::run(&arguments),
