@@ -10,7 +10,7 @@ mod wire_targets;
 
 pub use pgformat_targets::{fuzz_history_file, fuzz_pg_control};
 pub use wal_targets::{fuzz_wal_decoder, fuzz_wal_scanner};
-pub use wire_targets::{fuzz_append_message, fuzz_append_stream, fuzz_postgres_session, fuzz_scram};
+pub use wire_targets::{fuzz_append_message, fuzz_append_stream, fuzz_page_message, fuzz_postgres_session, fuzz_scram};
 
 /// A decoder under test.
 #[derive(Clone, Copy)]
@@ -29,6 +29,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "history_file", run: fuzz_history_file },
     Target { name: "append_message", run: fuzz_append_message },
     Target { name: "append_stream", run: fuzz_append_stream },
+    Target { name: "page_message", run: fuzz_page_message },
     Target { name: "postgres_session", run: fuzz_postgres_session },
     Target { name: "scram", run: fuzz_scram },
 ];

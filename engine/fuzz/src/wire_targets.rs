@@ -1,7 +1,8 @@
-//! The append protocol, and PostgreSQL's as followers speak it.
+//! The append and the page protocol, and PostgreSQL's as followers speak it.
 
 use wire::{
-    append::{Frame, FrameReader, MessageType, WireError, decode, encode_to_vec},
+    append::{Frame, FrameReader, FrameType, MessageType, WireError, decode, encode_to_vec},
+    page::{self, MetadataJoin, PageFrame, PageFrameReader, PageMessage, PageMessageType},
     postgres::{
         FrontendMessage, MAX_MESSAGE_BYTES, MessageReader, StartupMessage, decode_copy, options_setting, parse_command,
         scram::{self, ChannelBinding, Verifier},
@@ -47,6 +48,28 @@ pub fn fuzz_append_stream(data: &[u8]) {
         (frames, None)
     };
     assert_eq!(read(stream.len().max(1)), read(usize::from(*cut) + 1));
+}
+
+/// First byte: the type of a message of the page protocol. The rest is its body.
+///
+/// Rules: what can be read is written in a form that is read alike; an answer is joined or refused.
+pub fn fuzz_page_message(data: &[u8]) {
+    let Some((kind, body)) = data.split_first() else { return };
+    let kind = PageMessageType::ALL[usize::from(*kind) % PageMessageType::ALL.len()];
+    if body.len() > kind.max_body_bytes() as usize {
+        return;
+    }
+    let Ok(message) = page::decode(PageFrame { message: kind, body }) else { return };
+    let bytes = page::encode_to_vec(&message).expect("what was accepted can be sent");
+    let mut reader = PageFrameReader::default();
+    reader.feed(&bytes);
+    let frame = reader.next().expect("our own header").expect("a whole frame");
+    assert_eq!(Ok(&message), page::decode(frame).as_ref());
+    if let PageMessage::MetadataPart(part) = &message
+        && let Ok(Some((_, values))) = MetadataJoin::default().add(part)
+    {
+        assert!(part.last && values.is_sorted_by(|a, b| a.0 < b.0));
+    }
 }
 
 /// What a client sends before and after its login.

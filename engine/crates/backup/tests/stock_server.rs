@@ -74,7 +74,7 @@ impl Place {
     fn is(self, x: Lsn) -> bool {
         match self {
             Place::InPage(offset) => x.offset_in(PAGE_BYTES) == offset && x.offset_in(SEGMENT) >= PAGE_BYTES,
-            Place::BeforeSegmentEnd(bytes) => (x.0 + bytes) % SEGMENT == 0,
+            Place::BeforeSegmentEnd(bytes) => (x.0 + bytes).is_multiple_of(SEGMENT),
         }
     }
 
