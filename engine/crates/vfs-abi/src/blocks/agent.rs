@@ -115,6 +115,42 @@ impl<'a> BlockMap<'a> {
         true
     }
 
+    /// Claims a block after a requested one, `ahead` blocks further in the same chunk, so that one answer may bring many
+    /// (PostgreSQL 17 announces no sequential scans). `None`: it is not absent, or in another chunk.
+    ///
+    /// `request` must be one that [`BlockMap::begin_fill_write`] has not yet refused or taken.
+    pub fn read_ahead(&self, request: &FillRequest, ahead: u32, signals: &impl Signals) -> Option<FillRequest> {
+        let block = request.block.checked_add(ahead)?;
+        if block / CHUNK_BLOCKS != request.block / CHUNK_BLOCKS {
+            return None;
+        }
+        let word = self.chunk_block(request.chunk, block % CHUNK_BLOCKS);
+        let old = Word(word.load(Acquire));
+        if old.kind() != Kind::Absent {
+            return None;
+        }
+        let claimed = old.next(Kind::Filling);
+        if word.compare_exchange(old.0, claimed.0, SeqCst, Relaxed).is_err() {
+            return None;
+        }
+        let ahead = FillRequest {
+            block,
+            horizon: self.horizon(request.chunk, block % CHUNK_BLOCKS / EXTENT_BLOCKS).load(SeqCst),
+            prefetch: true,
+            version: claimed.version(),
+            ..*request
+        };
+        // Looked at after the claim: while that of the request stood, the chunk was its file's, and so it is now.
+        if self.requested(request).load(SeqCst) == Word::of(Kind::Filling, request.version).0 {
+            self.count(wide::PREFETCHES, 1);
+            return Some(ahead);
+        }
+        if word.compare_exchange(claimed.0, claimed.with(Kind::Absent).0, SeqCst, Relaxed).is_ok() {
+            self.wake_block(word, signals);
+        }
+        None
+    }
+
     fn requested(&self, request: &FillRequest) -> &'a AtomicU32 {
         self.chunk_block(request.chunk, request.block % CHUNK_BLOCKS)
     }

@@ -113,7 +113,7 @@ impl<'a> BlockMap<'a> {
         sum == stamp
     }
 
-    /// Counts `blocks` as read without waiting, and tells the clock of eviction. `lane` spreads processes.
+    /// Counts `blocks` as read without waiting, and tells the clock of eviction. `lane` spreads them: the processor's number.
     #[inline]
     pub fn note_hits(&self, file: FileRef, first: u32, end: u32, lane: u32) {
         self.wide(wide::HITS + (lane as usize % HIT_LANES) * 8).fetch_add(u64::from(end - first), Relaxed);

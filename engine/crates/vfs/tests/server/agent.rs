@@ -33,12 +33,12 @@ pub struct Agent {
     thread: Option<JoinHandle<()>>,
 }
 
-fn checked(result: libc::c_int) -> libc::c_int {
+pub fn checked(result: libc::c_int) -> libc::c_int {
     assert!(result >= 0, "{}", io::Error::last_os_error());
     result
 }
 
-fn owned(fd: libc::c_int) -> OwnedFd {
+pub fn owned(fd: libc::c_int) -> OwnedFd {
     // SAFETY: a new descriptor that nobody else owns.
     unsafe { OwnedFd::from_raw_fd(checked(fd)) }
 }
@@ -50,7 +50,7 @@ pub fn boottime_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn wake(word: &AtomicU32) {
+pub fn wake(word: &AtomicU32) {
     // SAFETY: the word is in shared memory that stays mapped.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
 }

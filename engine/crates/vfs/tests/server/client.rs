@@ -24,6 +24,11 @@ impl Client {
         Self::connect(socket, b"user\0postgres\0database\0postgres\0\0")
     }
 
+    /// A connection to another database.
+    pub fn try_connect_to(socket: &Path, database: &str) -> io::Result<Client> {
+        Self::connect(socket, format!("user\0postgres\0database\0{database}\0\0").as_bytes())
+    }
+
     /// A connection that takes replication commands.
     pub fn try_connect_replication(socket: &Path) -> io::Result<Client> {
         Self::connect(socket, b"user\0postgres\0replication\0true\0\0")

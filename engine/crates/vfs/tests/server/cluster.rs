@@ -314,11 +314,22 @@ impl Server {
 
     /// Starts the same cluster again, under the same agent, after its server has ended.
     pub fn restart(self) -> Server {
+        self.into_cluster().start()
+    }
+
+    /// The cluster of a server that has ended.
+    pub fn into_cluster(self) -> Cluster {
         let old = std::mem::ManuallyDrop::new(self);
         // SAFETY: `old` is never dropped, and its fields are taken once; the process has been waited for.
         let (process, cluster) = unsafe { (std::ptr::read(&old.process), std::ptr::read(&old.cluster)) };
         drop(process);
-        cluster.start()
+        cluster
+    }
+
+    /// Stops the server in order (`pg_ctl stop -m fast`).
+    pub fn stop(&mut self) {
+        signal(self.process.id(), libc::SIGINT);
+        assert!(self.wait().success(), "{}", self.cluster.log());
     }
 
     /// Waits for the postmaster's end.

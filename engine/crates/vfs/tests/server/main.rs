@@ -5,11 +5,14 @@
 #![allow(clippy::unwrap_used, reason = "clippy's own exception knows only functions marked as tests")]
 
 mod agent;
+mod blocks;
 mod client;
 mod cluster;
 mod commits;
 mod files;
 mod lease;
+mod overhead;
+mod pages;
 mod start;
 
 use std::time::{Duration, Instant};
