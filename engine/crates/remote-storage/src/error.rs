@@ -94,18 +94,38 @@ impl AttemptError {
     }
 }
 
-/// Codes of stores that answer 404 for a bucket. Taken for a missing object, a wrong bucket would be an empty shard.
-const NO_BUCKET: [&str; 3] = ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist"];
+/// Codes of an object that is not there. Services answer 404 for more: for a bucket that is not there, for a user. Taken
+/// for a missing object, a wrong bucket would be an empty shard.
+const NO_OBJECT: [&str; 4] = ["NoSuchKey", "BlobNotFound", "NoSuchUpload", "NoSuchVersion"];
+
+/// Codes that mean the same in the answer to any request; object_store tells a list's status from no other failure.
+const NO_BUCKET: [&str; 2] = ["NoSuchBucket", "ContainerNotFound"];
+const DENIED: [&str; 6] = [
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "AuthenticationFailed",
+    "AuthorizationFailure",
+    "XAdminUserNotFound", // versitygw, for InvalidAccessKeyId
+];
 
 impl From<object_store::Error> for AttemptError {
     fn from(error: object_store::Error) -> Self {
         use object_store::Error;
         let text = error.to_string();
-        if NO_BUCKET.iter().any(|code| text.contains(code)) {
-            return AttemptError::Rejected("there is no such bucket".to_owned());
+        let code = element(&text, "Code");
+        if code.is_some_and(|code| NO_BUCKET.contains(&code)) {
+            return AttemptError::Rejected(shortened(&text));
+        }
+        if code.is_some_and(|code| DENIED.contains(&code)) {
+            return AttemptError::Denied(shortened(&text));
         }
         match error {
-            Error::NotFound { .. } => AttemptError::NotFound,
+            Error::NotFound { .. } => match code {
+                Some(code) if !NO_OBJECT.contains(&code) => AttemptError::Rejected(shortened(&text)),
+                // The answer to a request of the length alone has no words.
+                _ => AttemptError::NotFound,
+            },
             Error::AlreadyExists { .. } | Error::Precondition { .. } | Error::NotModified { .. } => {
                 AttemptError::AlreadyThere
             }
@@ -120,17 +140,19 @@ impl From<object_store::Error> for AttemptError {
     }
 }
 
+/// What an element of XML holds.
+fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(&format!("<{name}>"))?;
+    Some(rest.split_once("</")?.0)
+}
+
 /// The most of a store's answer that goes into an error.
 const CAUSE_CHARACTERS_MAX: usize = 300;
 
 /// The words of an answer that help, without what a store echoes of the request: a refused signature comes back with
 /// the access key and all that was signed.
 fn shortened(text: &str) -> String {
-    let element = |name: &str| {
-        let (_, rest) = text.split_once(&format!("<{name}>"))?;
-        Some(rest.split_once("</")?.0)
-    };
-    let words = match (element("Code"), element("Message")) {
+    let words = match (element(text, "Code"), element(text, "Message")) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         (Some(code), None) => code.to_owned(),
         _ => text.split_whitespace().collect::<Vec<_>>().join(" "),
@@ -153,9 +175,13 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_bucket_is_not_a_missing_object() {
+    fn a_missing_bucket_or_user_is_not_a_missing_object() {
         let error = |body: &str| object_store::Error::NotFound { path: "k".to_owned(), source: body.into() };
         assert!(matches!(AttemptError::from(error("<Code>NoSuchKey</Code>")), AttemptError::NotFound));
-        assert!(matches!(AttemptError::from(error("<Code>NoSuchBucket</Code>")), AttemptError::Rejected(_)));
+        assert!(matches!(AttemptError::from(error("")), AttemptError::NotFound));
+        for code in ["NoSuchBucket", "ContainerNotFound", "WhatEverElse"] {
+            let error = AttemptError::from(error(&format!("<Code>{code}</Code>")));
+            assert!(matches!(error, AttemptError::Rejected(_)), "{code}");
+        }
     }
 }

@@ -350,7 +350,14 @@ impl Context {
     pub(crate) async fn create(&self, key: &str, bytes: Bytes, policy: RetryPolicy) -> Result<PutNew, StorageError> {
         let result = self
             .try_for(Operation::PutNew, key, policy, async |made| {
-                match self.backend.put(key, bytes.clone(), Mode::Create).await {
+                // A service that refuses a large object on its first bytes breaks the connection that brings the rest,
+                // and its answer is lost. Then a look before saves the bytes, too.
+                let put = if bytes.len() > LARGE_BYTES && self.backend.length(key).await.is_ok() {
+                    Err(AttemptError::AlreadyThere)
+                } else {
+                    self.backend.put(key, bytes.clone(), Mode::Create).await
+                };
+                match put {
                     Ok(()) => Ok(PutNew::Created),
                     // S3 says so, too, when another writes it and may yet fail; then it is not there, and we try again.
                     Err(AttemptError::AlreadyThere) => match self.backend.get(key).await {
