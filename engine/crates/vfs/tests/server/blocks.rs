@@ -264,7 +264,7 @@ fn prefetch_does_not_wait() {
     let key = file_of(&mut client, "t");
     warm_prewarm(&mut client);
     client.query("EXPLAIN ANALYZE SELECT count(*) FROM t WHERE ctid < '(1,1)'");
-    client.query("EXPLAIN SELECT count(*) FROM t");
+    client.query("EXPLAIN SELECT count(filler) FROM t");
     let file = pages.map.find_file(&key, &crate::pages::Futexes).unwrap();
     pages.hold(true);
     let blocks: u32 = client.value("SELECT pg_prewarm('t', 'prefetch')").parse().unwrap();
@@ -274,7 +274,7 @@ fn prefetch_does_not_wait() {
 
     assert!(within(PATIENCE, || count(Kind::Present) == blocks as usize));
     let before = pages.counters().waits;
-    assert_eq!(ROWS.to_string(), client.value("SELECT count(*) FROM t"));
+    assert_eq!(ROWS.to_string(), client.value("SELECT count(filler) FROM t"));
     // The scan itself waits for none of the table's blocks; its plan may touch a few of the catalog.
     assert!(pages.counters().waits - before < 20, "{:?}", pages.counters());
 }
