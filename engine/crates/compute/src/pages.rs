@@ -209,8 +209,12 @@ async fn read(client: &PageClient, reads: &[BlockRead]) -> Result<Vec<Vec<u8>>, 
     let deadline = now().after(BASE_BACKUP_LIMIT);
     let mut pages = Vec::with_capacity(reads.len());
     for portion in reads.chunks(READS_AT_ONCE) {
-        let answers = try_join_all(portion.iter().map(|read| client.get_pages(read, deadline))).await?;
-        pages.extend(answers.into_iter().map(|answer| answer.bytes));
+        let answers = portion.iter().map(async |read| match read.count {
+            // A heap's init fork is empty, and nothing cannot be asked for.
+            0 => Ok(Vec::new()),
+            _ => client.get_pages(read, deadline).await.map(|answer| answer.bytes),
+        });
+        pages.extend(try_join_all(answers).await?);
     }
     Ok(pages)
 }
