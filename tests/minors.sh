@@ -14,5 +14,6 @@ for version in 17.10 17.11; do
     export LAKEBASE_TEST_PG=$bin
     cargo test --locked -p redo --test consistency
     cargo test --locked -p metadata --test files_of_a_server
+    cargo test --locked -p shard --test whole_server
   )
 done

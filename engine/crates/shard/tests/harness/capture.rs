@@ -144,7 +144,7 @@ fn summary_of_shutdown(files: &Files, wal: &(Lsn, Vec<u8>), segment_bytes: u64) 
 fn access_methods(server: &Server<'_>) -> BTreeMap<(u32, u32), u8> {
     let query = "select case when c.reltablespace = 1664 then 0 else (select oid from pg_database \
                  where datname = current_database()) end, pg_relation_filenode(c.oid), \
-                 case when c.relkind = 'S' then 'sequence' else am.amname end \
+                 case when c.relkind = 'S' then 'sequence' else am.amhandler::regproc::text end \
                  from pg_class c left join pg_am am on am.oid = c.relam where pg_relation_filenode(c.oid) is not null";
     let mut methods = BTreeMap::new();
     for database in server.psql("select datname from pg_database").lines() {
@@ -154,15 +154,15 @@ fn access_methods(server: &Server<'_>) -> BTreeMap<(u32, u32), u8> {
             let fields: Vec<&str> = line.split(',').collect();
             let number = |at: usize| fields[at].parse::<u32>().expect("a number");
             let rmgr = match fields[2] {
-                "heap" => 10,
-                "btree" => 11,
-                "hash" => 12,
-                "gin" => 13,
-                "gist" => 14,
+                "heap_tableam_handler" => 10,
+                "bthandler" => 11,
+                "hashhandler" => 12,
+                "ginhandler" => 13,
+                "gisthandler" => 14,
                 "sequence" => 15,
-                "spgist" => 16,
-                "brin" => 17,
-                "bloom" => 20,
+                "spghandler" => 16,
+                "brinhandler" => 17,
+                "blhandler" => 20,
                 other => panic!("access method {other}"),
             };
             methods.insert((number(0), number(1)), rmgr);

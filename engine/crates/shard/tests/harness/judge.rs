@@ -18,6 +18,7 @@ use super::{
 const XLOG: u8 = 0;
 const SEQUENCE: u8 = 15;
 const SPGIST: u8 = 16;
+const BRIN: u8 = 17;
 /// Faults that are described; the rest is counted.
 const DESCRIBED: usize = 40;
 
@@ -27,7 +28,7 @@ pub struct Verdict {
     /// Of the main and init forks, equal without masking.
     pub identical: u64,
     pub visibility_blocks: u64,
-    /// Pages of visibility maps that came as images without bits.
+    /// Pages of visibility maps, and of BRIN's range maps, that came as images without contents.
     pub hollow: u64,
     pub sequences: u64,
     /// Blocks of the server that were never written: it extends files by more than WAL says.
@@ -146,15 +147,15 @@ fn compare_block(
         verdict.sequences += 1;
         return;
     }
+    let may_be_hollow = is_map || is_revmap(rmgr, &theirs);
+    if may_be_hollow && is_hollow(shard_of(shards, key), relation, fork, block, moment.lsn) {
+        verdict.hollow += 1;
+        for (ours, theirs) in ours.0.iter().zip(&mut theirs.0).skip(24) {
+            *theirs &= *ours;
+        }
+    }
     if is_map {
         verdict.visibility_blocks += 1;
-        let is_hollow = is_hollow(shard_of(shards, key), relation, block, moment.lsn);
-        if is_hollow {
-            verdict.hollow += 1;
-            for (ours, theirs) in ours.0.iter().zip(&mut theirs.0).skip(24) {
-                *theirs &= *ours;
-            }
-        }
     } else {
         let body = |page: &Page| page.0[10..].to_vec();
         verdict.identical += u64::from(body(&ours) == body(&theirs));
@@ -179,16 +180,23 @@ fn compare_block(
     }
 }
 
-/// Whether a page of a visibility map lost bits on its way: `CREATE DATABASE` logs maps as if their bits were unused space,
-/// so that a standby has fewer bits, too; and such a map may be copied on.
-fn is_hollow(shard: &Shard, relation: RelFileLocator, block: u32, lsn: Lsn) -> bool {
-    let key = STRIPING.block(relation, Fork::VisibilityMap, block);
+/// Whether it is a page of a BRIN index that says where the summary of a range of blocks is.
+fn is_revmap(rmgr: u8, page: &Page) -> bool {
+    const REVMAP: [u8; 2] = 0xF092u16.to_le_bytes();
+    rmgr == BRIN && page.0[8190..] == REVMAP
+}
+
+/// Whether a page lost its contents on the way: `CREATE DATABASE ... STRATEGY WAL_LOG` logs pages without what lies between
+/// `pd_lower` and `pd_upper` (`RelationCopyStorageUsingBuffer`), where visibility maps and BRIN's range maps have theirs. A
+/// standby has fewer bits and summaries, too, which is safe; and such a page may be copied on.
+fn is_hollow(shard: &Shard, relation: RelFileLocator, fork: Fork, block: u32, lsn: Lsn) -> bool {
+    let key = STRIPING.block(relation, fork, block);
     shard.store.chain(key, Lsn::INVALID, lsn).any(|(lsn, kind, value)| match kind {
         ValueKind::Absent => false,
         ValueKind::Image => {
             let copy = shard.copies.iter().find(|(at, _, to)| *at == lsn && to.database == relation.database);
             copy.is_some_and(|(_, from, _)| {
-                is_hollow(shard, RelFileLocator { database: from.database, ..relation }, block, lsn)
+                is_hollow(shard, RelFileLocator { database: from.database, ..relation }, fork, block, lsn)
             })
         }
         ValueKind::Record | ValueKind::InitRecord => {

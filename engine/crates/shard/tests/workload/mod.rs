@@ -1,7 +1,7 @@
 //! What the server of the tests goes through.
 #![allow(dead_code, reason = "each test crate uses its own part")]
 
-use std::{fs, os::unix::fs::FileExt};
+use std::{fs, os::unix::fs::FileExt, path::Path, process::Command};
 
 use pgformat::ControlFile;
 
@@ -237,4 +237,50 @@ pub fn age(_: &Postgres, server: &mut Server<'_>) {
     server.script("truncate truncated; drop table emptied; vacuum (freeze)");
     server.script("delete from cut_in_stripe where i > 9000; vacuum cut_in_stripe; delete from copied where i > 50; vacuum copied");
     server.script("begin; insert into u values (-30, 0); insert into emptied_again values (1); prepare transaction 'open at the end'");
+}
+
+/// PostgreSQL's regression suite, from the directory that `LAKEBASE_PG_TESTS` names. A test that fails leaves WAL like any
+/// other; that the suite ran is what counts.
+pub fn regression_suite(postgres: &Postgres, server: &mut Server<'_>) {
+    const PASSED_MIN: usize = 200;
+    let suites = std::env::var_os("LAKEBASE_PG_TESTS").expect("LAKEBASE_PG_TESTS: a directory with regress/");
+    let suite = Path::new(&suites).join("regress");
+    let sockets = server.data.parent().expect("a directory");
+    let results = sockets.join("results");
+    fs::create_dir_all(results.join("results")).expect("a new directory");
+    output(Command::new("chmod").args(["-R", "777"]).arg(&results));
+    let program = postgres.tool("postgres");
+    let bin = Path::new(program.get_program()).parent().expect("a directory");
+    let mut command = Command::new(suite.join("pg_regress"));
+    command.current_dir(&results);
+    for (option, path) in [
+        ("--bindir", bin),
+        ("--host", sockets),
+        ("--inputdir", &suite),
+        ("--expecteddir", &suite),
+        ("--dlpath", &suite),
+        ("--outputdir", &results),
+        ("--schedule", &suite.join("parallel_schedule")),
+    ] {
+        command.arg(format!("{option}={}", path.display()));
+    }
+    let ran = command.args(["--user=postgres", "--max-concurrent-tests=20"]).output().expect("the suite starts");
+    let text = String::from_utf8_lossy(&ran.stdout);
+    let passed = text.lines().filter(|line| line.starts_with("ok ")).count();
+    println!("{passed} tests passed");
+    assert!(passed >= PASSED_MIN, "{text}{}", String::from_utf8_lossy(&ran.stderr));
+}
+
+/// What the suite left is copied, emptied and dropped.
+pub fn age_of_suite(_: &Postgres, server: &mut Server<'_>) {
+    server.script(
+        "create database copied template regression strategy file_copy;
+        create database logged template regression strategy wal_log;
+        \\connect copied
+        delete from tenk1 where unique1 > 100; vacuum (freeze) tenk1; drop table onek cascade; vacuum full tenk2;
+        \\connect logged
+        update tenk1 set ten = 11; vacuum; truncate tenk2;
+        \\connect regression
+        vacuum (freeze); reindex table tenk1;",
+    );
 }
