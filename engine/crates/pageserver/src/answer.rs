@@ -10,7 +10,7 @@ use redo::{PAGE_BYTES, Page};
 use shard::{Advisory, Presence, StripeOf};
 use wal::{Fork, RelFileLocator};
 use wire::page::{
-    AdvisoryTaken, FindLsn, GetMetadata, GetPages, GetSizes, LeaseGranted, NEWEST, PageErrorCode, PageFailed,
+    AdvisoryTaken, FindLsn, GetMetadata, GetPages, GetSizes, LeaseGranted, LsnFound, NEWEST, PageErrorCode, PageFailed,
     PageMessage, Pages, SIZES_MAX, Sizes, StripeLength, TakeLease, metadata_parts,
 };
 
@@ -108,7 +108,7 @@ pub fn label_of(code: PageErrorCode) -> ReasonLabels {
 
 fn failure_of(fault: &ReadFault) -> Failure {
     let code = match fault {
-        ReadFault::BelowHorizon { .. } => PageErrorCode::BelowHorizon,
+        ReadFault::BelowHorizon { .. } | ReadFault::Before { .. } => PageErrorCode::BelowHorizon,
         ReadFault::OtherShard { .. } => PageErrorCode::WrongShardOwner,
         ReadFault::NoSuchBlock { .. } => PageErrorCode::NoSuchBlock,
         ReadFault::Layer(LayerFault::Lost { .. }) => PageErrorCode::LayerLost,
@@ -342,7 +342,12 @@ fn advisory(owner: &Owner, session: &Session, id: u64, file: &Advisory) -> Resul
     Ok(())
 }
 
-async fn find(_owner: &Owner, _session: &Session, request: FindLsn) -> Result<(), Failure> {
-    let text = format!("no index of commit times is kept: position of {} is not known", request.timestamp);
-    Err((PageErrorCode::BadRequest, text))
+async fn find(owner: &Owner, session: &Session, request: FindLsn) -> Result<(), Failure> {
+    if owner.range().begin != 0 {
+        let text = "the times of commits are on the shard that begins with hash 0".to_owned();
+        return Err((PageErrorCode::WrongShardOwner, text));
+    }
+    let (lsn, commit_timestamp) = owner.find_lsn(request.timestamp).await.map_err(|fault| failure_of(&fault))?;
+    session.outbox.push(&PageMessage::LsnFound(LsnFound { id: request.id, lsn, commit_timestamp }));
+    Ok(())
 }

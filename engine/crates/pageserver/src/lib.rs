@@ -8,6 +8,7 @@ mod answer;
 pub mod api;
 mod attach;
 mod block_cache;
+mod commit_times;
 mod compaction;
 pub mod config;
 mod data_dir;

@@ -32,6 +32,14 @@ pub enum ReadFault {
         /// The oldest that can be read.
         horizon: Lsn,
     },
+    /// The time is before the history that is kept.
+    #[error("{timestamp} us since 2000 is before the history that is kept, which begins at {horizon}")]
+    Before {
+        /// That was asked for.
+        timestamp: i64,
+        /// Where the history begins.
+        horizon: Lsn,
+    },
     /// The key is another shard's.
     #[error("{key:?} is not of this shard")]
     OtherShard {
