@@ -1,5 +1,7 @@
-"""`make demo`: PostgreSQL commits to a quorum; a safekeeper and the writer die; what was acknowledged is found again."""
+"""`make demo`: PostgreSQL commits to a quorum and keeps nothing; safekeepers, page servers and the writer lose their lives and
+disks; what was acknowledged is found again."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -8,8 +10,8 @@ from lakebase_testing import procfs
 from lakebase_testing.clients import Inserters, Pgbench, create_table, stored_ids, tpcb_sums
 from lakebase_testing.cluster import LocalCluster, Writer
 from lakebase_testing.environment import environment
-from lakebase_testing.followers import standby, wait_replayed
-from lakebase_testing.postgres import format_lsn, remove_templates
+from lakebase_testing.page_service import PageServiceSettings
+from lakebase_testing.postgres import StockServer, format_lsn, remove_templates, run_as_postgres
 from lakebase_testing.waiting import hold, wait_for
 
 _started = time.monotonic()
@@ -31,7 +33,7 @@ def show_log(cluster: LocalCluster) -> None:
 def main() -> int:
     """Tells the story; returns the exit status."""
     try:
-        with LocalCluster() as cluster:
+        with LocalCluster(page_service=PageServiceSettings(shards=2)) as cluster:
             tell(cluster)
     finally:
         remove_templates()
@@ -42,7 +44,8 @@ def main() -> int:
 def tell(cluster: LocalCluster) -> None:
     """The story itself; every claim in it is checked."""
     cluster.expect_log("WARN", "ERROR")
-    say(f"Three safekeepers run on this machine, with mutual TLS, in {cluster.directory}.")
+    say(f"Three safekeepers and two page servers run on this machine, with mutual TLS, in {cluster.directory}.")
+    say("A fresh PostgreSQL was imported: its pages are layers in object storage. Nobody needs its directory any more.")
     current: list[Writer] = [cluster.start_writer()]
     writer = current[0]
     version = writer.pgdata.joinpath("PG_VERSION").read_text().strip()
@@ -78,8 +81,8 @@ def tell(cluster: LocalCluster) -> None:
 
         current[0] = successor = cluster.start_writer()
         say(
-            f"Term {successor.term} was granted to {successor.name}: it restored the base backup, replayed the log from the "
-            f"safekeepers to its end, and took over {time.monotonic() - killed_at:.1f} s after the kill."
+            f"Term {successor.term} was granted to {successor.name}: it started on an empty disk, reads pages as they are asked "
+            f"for, and took over {time.monotonic() - killed_at:.1f} s after the kill."
         )
         with successor.connect() as connection:
             missing = acknowledged - stored_ids(connection)
@@ -88,6 +91,16 @@ def tell(cluster: LocalCluster) -> None:
 
         inserters.drop_connections()
         pgbench.restart()
+        for page_server in cluster.page_servers:
+            page_server.kill()
+            page_server.lose_disk()
+        say("kill -9 both page servers, and their disks are lost. The writer goes on with the pages that it has.")
+        hold(2)
+        for page_server in cluster.page_servers:
+            page_server.start()
+        for page_server in cluster.page_servers:
+            page_server.wait_ready()
+        say("They start again: layers come from object storage, the rest of the log from the safekeepers.")
         victim.start()
         say(f"{victim.name} starts again and fetches what it missed; the load goes on.")
         wanted = inserters.count() + 200
@@ -97,19 +110,24 @@ def tell(cluster: LocalCluster) -> None:
     say(f"The load has ended. The log ends at {format_lsn(end)} on every safekeeper.")
     show_log(cluster)
 
-    follower = standby(cluster)
-    follower.start()
-    wait_replayed(follower, end)
-    with follower.connect() as connection:
+    out = cluster.directory / "out"
+    cluster.export(out)
+    run_as_postgres("pg_checksums", "--check", "--pgdata", str(out))
+    directory = cluster.directory / "stock"
+    directory.mkdir()
+    stock = StockServer.create(directory, out)
+    shutil.rmtree(out)
+    stock.start()
+    with stock.connect() as connection:
         missing = inserters.ids() - stored_ids(connection)
         sums = tpcb_sums(connection)
     assert not missing, f"lost: {sorted(missing)[:10]}"
     assert len(sums) == 1, f"inconsistent: {sums}"
     say(
-        f"A stock PostgreSQL standby without any library of ours streamed the log from the safekeepers: all {inserters.count()} "
-        "acknowledged ids are in it, and pgbench's sums agree."
+        "The lakebase was exported as an ordinary data directory: its checksums are right, and a stock PostgreSQL without any "
+        f"library of ours started on it. All {inserters.count()} acknowledged ids are in it, and pgbench's sums agree."
     )
-    follower.stop()
+    stock.stop()
 
 
 if __name__ == "__main__":

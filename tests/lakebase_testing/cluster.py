@@ -28,7 +28,7 @@ from lakebase_operator import naming
 from lakebase_testing import procfs
 from lakebase_testing.admin import AdminClient, Json
 from lakebase_testing.certificates import Authority, Credentials
-from lakebase_testing.environment import environment, give_to_postgres, is_root, scratch
+from lakebase_testing.environment import environment, give_to_postgres, is_root, postgres_owner, scratch
 from lakebase_testing.faults import without_io_uring
 from lakebase_testing.page_service import PageServer, PageServiceSettings, compute_section, storage_url
 from lakebase_testing.ports import free_port
@@ -444,6 +444,18 @@ class LocalCluster:
             *self.log_arguments(), "--shards", str(settings.shards), "--stripe-blocks", str(settings.stripe_blocks),
             tls=False, timeout_seconds=600,
         )  # fmt: skip
+
+    def export(self, target: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Writes the database to an ordinary PGDATA, which belongs to PostgreSQL's user; returns status and output."""
+        shards = [f"--shard={server.shard}=127.0.0.1:{server.ports['pages']}" for server in self.page_servers]
+        result = self.command(
+            "export", "--to", str(target), "--object-storage", self.object_storage, *self.log_arguments(), *shards, *options,
+            check=check, timeout_seconds=600,
+        )  # fmt: skip
+        if is_root() and target.exists():
+            owner = postgres_owner()
+            subprocess.run(["chown", "-R", f"{owner.pw_uid}:{owner.pw_gid}", str(target)], check=True)
+        return result
 
     def create_log(self) -> None:
         """Creates the log on all safekeepers, from the base backup or from what was imported."""
