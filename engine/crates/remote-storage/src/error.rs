@@ -112,7 +112,7 @@ const DENIED: [&str; 6] = [
 impl From<object_store::Error> for AttemptError {
     fn from(error: object_store::Error) -> Self {
         use object_store::Error;
-        let text = error.to_string();
+        let text = with_cause(&error);
         let code = element(&text, "Code");
         if code.is_some_and(|code| NO_BUCKET.contains(&code)) {
             return AttemptError::Rejected(shortened(&text));
@@ -138,6 +138,18 @@ impl From<object_store::Error> for AttemptError {
             _ => AttemptError::Temporary(shortened(&text)),
         }
     }
+}
+
+/// The text of an error and of what lies at its bottom: a client says "error sending request" and hides that nobody
+/// listens, or that the certificate is unknown.
+fn with_cause(error: &object_store::Error) -> String {
+    let text = error.to_string();
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let cause = cause.to_string();
+    if text.contains(&cause) { text } else { format!("{cause} ({text})") }
 }
 
 /// What an element of XML holds.

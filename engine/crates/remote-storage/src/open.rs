@@ -132,6 +132,9 @@ fn service(scheme: &str, bucket: &str, url: &str) -> Result<Service, OpenError> 
         (store.clone(), store)
     }
     let failed = |error: &dyn Display| OpenError::Settings { url: url.to_owned(), cause: error.to_string() };
+    if scheme == "s3" && endpoint_is_refused() {
+        return Err(failed(&"AWS_ENDPOINT_URL is http://, unencrypted: set AWS_ALLOW_HTTP=true if that is meant"));
+    }
     match scheme {
         "s3" => build(|http_only| {
             let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(one_attempt());
@@ -160,4 +163,12 @@ fn service(scheme: &str, bucket: &str, url: &str) -> Result<Service, OpenError> 
         _ => return Err(OpenError::Url { url: url.to_owned() }),
     }
     .map_err(|error| failed(&error))
+}
+
+/// Whether each request would fail because it goes unencrypted, without a word of why.
+fn endpoint_is_refused() -> bool {
+    let settings = AmazonS3Builder::from_env();
+    let http = |url: String| url.starts_with("http://");
+    let allowed = settings.get_config_value(&AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp));
+    settings.get_config_value(&AmazonS3ConfigKey::Endpoint).is_some_and(http) && allowed.as_deref() != Some("true")
 }
