@@ -111,7 +111,7 @@ def tell(cluster: LocalCluster) -> None:
     show_log(cluster)
 
     out = cluster.directory / "out"
-    cluster.export(out)
+    cluster.export(out, "--at", format_lsn(end))
     run_as_postgres("pg_checksums", "--check", "--pgdata", str(out))
     directory = cluster.directory / "stock"
     directory.mkdir()

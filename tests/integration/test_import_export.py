@@ -19,6 +19,7 @@ from lakebase_testing.postgres import (
     amcheck,
     base_backup,
     copy_tree,
+    format_lsn,
     number,
     run_as_postgres,
     value,
@@ -89,9 +90,9 @@ def test_a_database_goes_in_and_comes_out(directory: Path, storage: ObjectStorag
             assert number(connection, "select count(*) from u") == 0
         changed = dump(writer.port)
         writer.stop_cleanly()
-        cluster.wait_caught_up()
+        end = cluster.wait_caught_up()
 
-        cluster.export(directory / "exported")
+        cluster.export(directory / "exported", "--at", format_lsn(end))
 
     server = start_exported(directory / "stock", directory / "exported")
     try:
@@ -282,7 +283,7 @@ def test_a_cluster_without_checksums_goes_in_and_comes_out(directory: Path) -> N
         writer = cluster.start_writer()
         with writer.connect() as connection:
             assert number(connection, "select count(*) from t") == 1000
-        cluster.export(directory / "exported")
+        cluster.export(directory / "exported", "--at", format_lsn(cluster.wait_caught_up()))
     (directory / "stock").mkdir()
     server = StockServer.create(directory / "stock", directory / "exported")
     server.start()

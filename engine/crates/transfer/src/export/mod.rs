@@ -34,6 +34,8 @@ use crate::{
 
 /// A page server that restarts, and fetches its layers from object storage, is back within this.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// Page servers are this far behind the log at most, while all is well.
+const LAG_MAX: Duration = Duration::from_secs(10);
 /// How long page servers keep what the export reads, from each renewal on;
 const LEASE_SECONDS: u32 = 600;
 /// renewed so often.
@@ -172,7 +174,7 @@ async fn progress_of(client: &PageClient, progress: &dyn Progress) -> Result<Pag
     }
 }
 
-/// X.
+/// X, once all page servers have it.
 async fn position(client: &PageClient, at: Option<Moment>, service: PageProgress) -> Result<Lsn, ExportError> {
     let PageProgress { ingested_lsn: ingested, horizon_lsn: horizon, .. } = service;
     let at = match at {
@@ -183,10 +185,12 @@ async fn position(client: &PageClient, at: Option<Moment>, service: PageProgress
     if at < horizon {
         return Err(ExportError::BeforeHorizon { at, horizon });
     }
-    if at > ingested {
-        return Err(ExportError::NotYet { at, ingested });
+    let ingested = || client.progress().map_or(ingested, |progress| progress.ingested_lsn);
+    let arrived = client.progressed().until(|| (at <= ingested()).then_some(()));
+    match driver::timeout(LAG_MAX, arrived).await {
+        Some(()) => Ok(at),
+        None => Err(ExportError::NotYet { at, ingested: ingested() }),
     }
-    Ok(at)
 }
 
 /// Ends with an error only.
