@@ -24,6 +24,7 @@ mod multixact;
 mod origin;
 mod reader;
 mod slru;
+mod slru_part;
 mod transaction;
 mod two_phase;
 
@@ -32,6 +33,7 @@ pub use counters::Counters;
 pub use counters_codec::CountersError;
 pub use origin::{Origins, OriginsError};
 pub use slru::{SLRU_PAGE_BYTES, Slru, SlruCut, SlruPage, apply_slru};
+pub use slru_part::slru_part;
 pub use two_phase::two_phase_file;
 
 /// The record's data are not those of its kind, or the page is not one that it changes.

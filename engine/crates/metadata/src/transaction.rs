@@ -22,6 +22,9 @@ mod xinfo {
     pub const DROPPED_STATISTICS: u32 = 1 << 8;
 }
 
+/// The flag of records that name subtransactions.
+pub(crate) const HAS_SUBXACTS: u32 = xinfo::SUBXACTS;
+
 const LOCATOR_BYTES: usize = 12;
 const STATISTICS_BYTES: usize = 12;
 const INVALIDATION_BYTES: usize = 16;
@@ -102,6 +105,11 @@ impl<'a> Ending<'a> {
     pub fn xids(&self) -> impl Iterator<Item = u32> + use<'a> {
         let all = core::iter::once(self.xid).chain(u32s(self.subtransactions));
         all.filter(|xid| *xid >= FIRST_NORMAL_XID)
+    }
+
+    /// Its subtransactions.
+    pub fn subtransactions(&self) -> impl Iterator<Item = u32> + use<'a> {
+        u32s(self.subtransactions)
     }
 
     /// The last one.

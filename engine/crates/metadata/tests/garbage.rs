@@ -1,6 +1,6 @@
 //! Broken records make errors: they never panic, whatever is in them.
 
-use metadata::{Change, Context, Origins, SLRU_PAGE_BYTES, Slru, apply_slru, changes_of};
+use metadata::{Change, Context, Origins, SLRU_PAGE_BYTES, Slru, apply_slru, changes_of, slru_part};
 use pgtypes::{Lsn, PgTimeline, SystemId};
 use proptest::{collection::vec, prelude::*};
 use wal::{Decoder, RECORD_BYTES_MAX, Record, RecordSpec, Scanner, WalWriter, main_data};
@@ -56,7 +56,14 @@ proptest! {
             for change in changes {
                 match change {
                     Change::SlruPage(slru, number) => {
+                        let mut of_part = page;
                         prop_assert_eq!(Ok(()), apply_slru(&record, slru, number, &mut page));
+                        if let Some(part) = slru_part(&record, slru, number).expect("a record that was read") {
+                            let part = Record::from_stored(record.info.start, record.info.end, &part);
+                            let part = part.expect("a stored record");
+                            prop_assert_eq!(Ok(()), apply_slru(&part, slru, number, &mut of_part));
+                            prop_assert!(of_part == page, "the part of a page does less");
+                        }
                     }
                     Change::CutSlru(cut) => {
                         let _ = (cut.removes(0), cut.removes(u32::MAX));

@@ -6,7 +6,7 @@ use alloc::{
 };
 
 use layers::{Key, Metadata, Slru, ValueKind};
-use metadata::{Change, Counters, CountersError, Origins, changes_of, two_phase_file};
+use metadata::{Change, Counters, CountersError, Origins, changes_of, slru_part, two_phase_file};
 use pgtypes::{FrameSummary, Lsn};
 use redo::{Database, Event};
 use wal::{Record, rmgr};
@@ -81,9 +81,13 @@ impl MetadataState {
         let mut counters_change = false;
         for change in changes {
             match change {
+                Change::SlruPage(slru, page) => {
+                    let value = slru_part(record, slru, page)?.unwrap_or_else(|| Vec::from(stored));
+                    self.slru_page(layers_slru(slru), page, record, value, values);
+                }
                 Change::Counters => counters_change = true,
                 Change::Whole(event) => done = done.and(self.database(&event, values)),
-                change => self.change(&change, record, stored, values),
+                change => self.change(&change, values),
             }
         }
         let counters = self.counters.as_mut().ok_or(IngestCause::NoCheckpoint)?;
@@ -118,14 +122,14 @@ impl MetadataState {
         }
     }
 
-    fn change(&mut self, change: &Change<'_>, record: &Record, stored: &[u8], values: &mut Values) {
+    fn slru_page(&mut self, slru: Slru, page: u32, record: &Record, value: Vec<u8>, values: &mut Values) {
+        self.slru_pages.insert((slru, page));
+        let kind = if zeroes(record, slru) { ValueKind::InitRecord } else { ValueKind::Record };
+        values.push(Key::slru(slru, page), kind, value);
+    }
+
+    fn change(&mut self, change: &Change<'_>, values: &mut Values) {
         match *change {
-            Change::SlruPage(slru, page) => {
-                let slru = layers_slru(slru);
-                self.slru_pages.insert((slru, page));
-                let kind = if zeroes(record, slru) { ValueKind::InitRecord } else { ValueKind::Record };
-                values.push(Key::slru(slru, page), kind, Vec::from(stored));
-            }
             Change::CutSlru(cut) => {
                 let slru = layers_slru(cut.slru);
                 let gone: Vec<_> =
@@ -149,7 +153,7 @@ impl MetadataState {
                 self.origins.0.remove(&id);
                 values.absent(Key::metadata(Metadata::Origin(id)));
             }
-            Change::Whole(_) | Change::Counters => {}
+            Change::SlruPage(..) | Change::Whole(_) | Change::Counters => {}
         }
     }
 

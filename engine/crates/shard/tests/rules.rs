@@ -402,6 +402,29 @@ fn metadata_is_the_business_of_the_shard_of_hash_0() {
     assert_eq!(vec![(KeyKind::Slru(Slru::TransactionStatus, 0), ValueKind::Record)], kinds);
 }
 
+/// A transaction with a million subtransactions would otherwise be kept whole for each of thirty pages.
+#[test]
+fn a_page_of_an_slru_keeps_its_own_subtransactions_only() {
+    const PAGE_XIDS: u32 = 32_768;
+    let subtransactions: Vec<u32> = (701..3 * PAGE_XIDS).collect();
+    let mut main = vec![0; 8];
+    main.extend(words(&[2, subtransactions.len() as u32]));
+    main.extend(words(&subtransactions));
+    let mut log = Log::whole();
+    let end = log.push(stored(XACT, 0x80, &[], &main));
+
+    let values = log.values_at(end);
+    let bytes: Vec<_> = values.iter().map(|(_, _, value)| value.bytes.len()).collect();
+    assert_eq!(3, bytes.len());
+    assert!(bytes.iter().all(|bytes| *bytes < 4 * PAGE_XIDS as usize + 64), "{bytes:?}");
+    for (page, first) in [(0, 700), (1, 0), (2, 0)] {
+        let key = Key::slru(Slru::TransactionStatus, page);
+        let Ok(Rebuilt::Page(page)) = log.shard.store.read(key, Lsn::MAX) else { panic!("no page {page}") };
+        let committed = page.0.iter().map(|byte| (0..4).filter(|at| byte >> (2 * at) & 3 == 1).count() as u32);
+        assert_eq!(PAGE_XIDS - first, committed.sum::<u32>());
+    }
+}
+
 #[test]
 fn values_of_stripes_counters_and_files_round_trip() {
     let size = StripeSize { length: 0x0102_0304, floor: Lsn(0x1112_1314_1516_1718) };
