@@ -68,6 +68,7 @@ impl Agent {
         };
         let asked = started.elapsed();
         let plan = self.plan_of(elected, backup)?;
+        let planned = started.elapsed();
         for path in &plan.left_out {
             tracing::warn!(path, "not a file that a PGDATA may get from the page service: left out");
         }
@@ -81,6 +82,7 @@ impl Agent {
         let draft = cold_start::draft_of(&pgdata, random()?);
         let user = self.settings.user.as_ref();
         cold_start::write_pgdata(&plan, &init_pages, &draft, &pgdata, user, &self.mailbox.interrupted)?;
+        let written = started.elapsed();
         let blocks = cold_start::map_of(&plan, service.evict)?;
         let advisory = AdvisoryFiles::of_cold_start(&pgdata)?;
         let control = &plan.control;
@@ -89,6 +91,8 @@ impl Agent {
             end = %plan.end(),
             relation_files = plan.relations.len(),
             asked_ms = asked.as_millis(),
+            planned_ms = planned.as_millis(),
+            written_ms = written.as_millis(),
             total_ms = started.elapsed().as_millis(),
             "cold start: PGDATA is made"
         );
