@@ -55,7 +55,10 @@ pub struct Link {
     outbox: RefCell<Vec<u8>>,
     /// Rings when the outbox fills, a connection opens or shuts, or the link is closed.
     changed: Event,
-    /// Rings when a request leaves.
+    /// The limit was reached, and no request may enter before half of them have left: were one let in for each that leaves,
+    /// all that wait would wake each time.
+    crowded: Cell<bool>,
+    /// Rings when there is room again.
     room: Event,
     /// Number of the connection that is open, 0 for none.
     connection: Cell<u64>,
@@ -87,6 +90,7 @@ impl Link {
             next_id: Cell::new(1),
             outbox: RefCell::default(),
             changed: Event::new(),
+            crowded: Cell::new(false),
             room: Event::new(),
             connection: Cell::new(0),
             connections: Cell::new(0),
@@ -123,7 +127,7 @@ impl Link {
     /// Sends a request, again over every new connection, until there is an answer.
     pub async fn call(self: &Rc<Self>, request: &Request<'_>) -> Result<Answer, Setback> {
         self.start();
-        let place = || (self.closed.get() || self.pending.borrow().len() < REQUESTS_MAX).then_some(());
+        let place = || (self.closed.get() || !self.crowded.get()).then_some(());
         self.room.until(place).await;
         if self.closed.get() {
             return Err(Setback::Moved);
@@ -140,13 +144,17 @@ impl Link {
             self.changed.set();
         }
         self.pending.borrow_mut().insert(id, Pending { frame, gather: request.gather(), reply });
+        self.crowded.set(self.pending.borrow().len() >= REQUESTS_MAX);
         let _guard = Guard(self, id);
         answer.await.unwrap_or(Err(Setback::Moved))
     }
 
     fn take(&self, id: u64) -> Option<Pending> {
-        let pending = self.pending.borrow_mut().remove(&id);
-        if pending.is_some() {
+        let mut all = self.pending.borrow_mut();
+        let pending = all.remove(&id);
+        let has_room = all.len() <= REQUESTS_MAX / 2;
+        drop(all);
+        if has_room && self.crowded.replace(false) {
             self.room.set();
         }
         pending
@@ -193,6 +201,7 @@ impl Link {
             // The receiver may be gone already.
             let _ = pending.reply.send(Err(setback()));
         }
+        self.crowded.set(false);
         self.room.set();
     }
 
@@ -295,7 +304,8 @@ async fn run(link: Rc<Link>) {
     let mut backoff = BACKOFF_MIN;
     while !link.closed.get() {
         let connections = link.connections.get();
-        let Err(error) = converse(&link, &link.shared.config).await else { return };
+        let ended = converse(&link, &link.shared.config).await;
+        let Some(error) = ended.err().filter(|_| !link.closed.get()) else { return };
         let text = error.to_string();
         match error.code() {
             Some(PageErrorCode::StaleTerm) => {
