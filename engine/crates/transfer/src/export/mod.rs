@@ -7,6 +7,7 @@
 mod directory;
 mod fetch;
 mod moment;
+mod next_xid;
 
 use std::{
     io,
@@ -17,6 +18,7 @@ use std::{
 
 use backup::{Plan, PlanError, RelationPages, Source};
 use futures_util::future::{Either, select};
+use metadata::CountersError;
 use pageclient::{ClientConfig, PageClient, PageError as ServiceError, ShardMapError};
 use pgtypes::{FrameSummary, Lsn, PgTimeline};
 use wire::page::PageProgress;
@@ -25,6 +27,7 @@ pub use self::moment::{Moment, ParseMomentError};
 use self::{
     directory::{TargetDirectory, sync_tree},
     fetch::{RelationFile, fetch},
+    next_xid::last_full_xid,
 };
 use crate::{
     page::{PageError, PageRules},
@@ -113,6 +116,9 @@ pub enum ExportError {
     /// Metadata and lengths make no data directory.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// The counters that page servers gave are damaged.
+    #[error("page servers: {0}")]
+    Counters(#[from] CountersError),
     /// A page is damaged.
     #[error("{0}: page servers gave a damaged page")]
     Page(#[from] PageError),
@@ -253,8 +259,7 @@ async fn plan_at(export: &Export, client: &PageClient, at: Lsn) -> Result<Plan, 
             record_end: next_segment(at, export.segment_bytes),
             record_start: Lsn::INVALID,
             timeline: export.timeline,
-            // Page servers say in their counters what comes next.
-            max_full_xid: 0,
+            max_full_xid: last_full_xid(&metadata.values)?,
             commit_timestamp: 0,
         },
         metadata: metadata.values,
