@@ -68,6 +68,7 @@ pub(crate) fn run(command: &Command) -> CommandResult {
         timeline: beginning.timeline.0,
         max_full_xid: beginning.next_full_xid.saturating_sub(1),
         configuration: ConfigurationJson { generation: 1, members, new_members: None },
+        shards: beginning.shards,
     };
     let path = format!("/v1/logs/{}/{}", log.cluster, log.branch);
     for safekeeper in &answers {
@@ -85,6 +86,8 @@ struct Beginning {
     start_lsn: Lsn,
     timeline: PgTimeline,
     next_full_xid: u64,
+    /// On object storage; none with a base backup.
+    shards: Vec<u32>,
 }
 
 impl Beginning {
@@ -97,6 +100,7 @@ impl Beginning {
             // Not the checkpoint's: the segment may begin before a promotion that it holds, and the log begins with the segment.
             timeline: base.start_timeline,
             next_full_xid: base.control.checkpoint.next_full_xid,
+            shards: Vec::new(),
         })
     }
 
@@ -108,6 +112,7 @@ impl Beginning {
             start_lsn: description.start_lsn,
             timeline: description.timeline,
             next_full_xid: description.next_full_xid,
+            shards: description.shards.iter().map(|shard| shard.shard).collect(),
         })
     }
 }

@@ -137,6 +137,7 @@ fn create_on_new_members(
         // Of a later position: larger than true until the new member has caught up, and never smaller.
         max_full_xid: donor.max_full_xid,
         configuration: ConfigurationJson::from(joint),
+        shards: donor.shards.iter().map(|shard| shard.shard).collect(),
     };
     let path = format!("/v1/logs/{}/{}", log.cluster, log.branch);
     for safekeeper in safekeepers {

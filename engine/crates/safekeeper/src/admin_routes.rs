@@ -7,13 +7,14 @@ use axum::{
     Extension, Json, Router,
     extract::{Path, State},
     http::StatusCode,
-    routing::{get, post, put},
+    routing::{delete as delete_method, get, post, put},
 };
 use consensus::{
     Configuration, ConfigurationError,
     message::{Refusal, Refused},
 };
 use identity::{Call, Caller};
+use layers::ShardId;
 use pgtypes::{ClusterId, LogId, Term};
 
 use crate::{
@@ -33,6 +34,7 @@ pub fn router(process: Arc<Process>) -> Router {
         .route("/v1/logs/{cluster}/{branch}/fence", post(fence))
         .route("/v1/logs/{cluster}/{branch}/membership", put(membership))
         .route("/v1/logs/{cluster}/{branch}/consumers/{name}", put(set_consumer).delete(remove_consumer))
+        .route("/v1/logs/{cluster}/{branch}/shards/{shard}", delete_method(remove_shard))
         .with_state(process)
 }
 
@@ -276,6 +278,26 @@ async fn remove_consumer(
     match result {
         Some(true) => Ok(Json(serde_json::json!({}))),
         Some(false) => Err(ApiError::not_found("there is no such consumer")),
+        None => Err(not_found(log)),
+    }
+}
+
+async fn remove_shard(
+    State(process): Shared,
+    Extension(caller): Extension<Caller>,
+    Path((cluster, branch, shard)): Path<(String, String, u32)>,
+) -> Answer<serde_json::Value> {
+    let log = log_id(&cluster, &branch)?;
+    caller.authorize(Call::DeleteLog, log.cluster)?;
+    let result = process
+        .ask(process.core_of(log), move |core, answer| {
+            // As above.
+            let _ = answer.send(core.log(log).map(|log| log.remove_shard(ShardId(shard))));
+        })
+        .await?;
+    match result {
+        Some(true) => Ok(Json(serde_json::json!({}))),
+        Some(false) => Err(ApiError::not_found("there is no such shard")),
         None => Err(not_found(log)),
     }
 }

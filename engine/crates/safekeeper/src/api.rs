@@ -258,6 +258,10 @@ pub struct CreateLog {
     pub max_full_xid: u64,
     /// The members; the safekeeper's own disk is among them.
     pub configuration: ConfigurationJson,
+    /// The shards whose pages as of `start_lsn` are on object storage: WAL is kept for each until it has it there, too. Without
+    /// any, writers start from a base backup, and all WAL behind that is kept.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<u32>,
 }
 
 /// Body of `POST /v1/logs/{cluster}/{branch}/fence`.
@@ -426,6 +430,8 @@ mod tests {
         let configuration = Configuration::from(create.configuration.clone());
         assert_eq!(create.configuration, ConfigurationJson::from(&configuration));
 
+        let with_shards = text.replacen("\"timeline\"", "\"shards\":[0,7],\"timeline\"", 1);
+        assert_eq!(vec![0, 7], serde_json::from_str::<CreateLog>(&with_shards).unwrap().shards);
         let unknown = text.replacen("\"timeline\"", "\"time_line\":1,\"timeline\"", 1);
         assert!(serde_json::from_str::<CreateLog>(&unknown).is_err());
         let bad = serde_json::from_str::<Fence>(r#"{"term":1,"writer":"nobody"}"#).unwrap_err();

@@ -278,6 +278,7 @@ impl LogDriver {
             let now = driver::now();
             let known = log.remove_shard(shard, now);
             raise_horizon(log, now);
+            self.process.metrics.remove_shard(self.id, shard.0);
             known
         })
     }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use consensus::{AcceptorIdentity, Configuration};
+use layers::{ShardGeneration, ShardId};
 use logstore::Log;
 use pgtypes::{FrameSummary, LogId, Lsn, PgTimeline, SystemId};
 
@@ -169,8 +170,18 @@ pub async fn create(core: &Rc<Core>, log: LogId, body: CreateLog) -> Result<(boo
         Log::create(identity, configuration, driver::now()).map_err(|error| CreateError::Invalid(error.to_string()))?;
     let files = LogFiles::new(log, directory, process.direct_io);
     let created = LogDriver::start(core, log, machine, files);
-    created.set_consumer(BASE_BACKUP, body.start_lsn).map_err(|error| CreateError::Invalid(error.to_string()))?;
-    let durable = created.until(|machine| (machine.is_ready() || machine.is_failed()).then(|| machine.is_ready()));
+    for shard in &body.shards {
+        let registered = created.register_shard(ShardId(*shard), ShardGeneration(0));
+        registered.map_err(|error| CreateError::Invalid(error.to_string()))?;
+    }
+    if body.shards.is_empty() {
+        created.set_consumer(BASE_BACKUP, body.start_lsn).map_err(|error| CreateError::Invalid(error.to_string()))?;
+    }
+    let version = created.with(|machine| machine.consumers_version());
+    let durable = created.until(|machine| {
+        let durable = machine.is_ready() && machine.consumers_durable(version);
+        (durable || machine.is_failed()).then_some(durable)
+    });
     match driver::timeout(CREATE_LIMIT, durable).await {
         Some(true) => {
             driver::unblock(move || remember(&known)).await?;

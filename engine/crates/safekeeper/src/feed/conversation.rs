@@ -28,6 +28,9 @@ use crate::{
 /// A subscriber hears something at least this often: it takes 5 of them as a sign that this safekeeper is of no use.
 const HEARTBEAT: Duration = Duration::from_millis(200);
 
+/// How long a subscriber waits until its ownership is durable. A disk that is full may take longer: it tries again.
+const REGISTRATION_LIMIT: Duration = Duration::from_secs(10);
+
 /// What sender and receiver share.
 struct Session {
     /// The subscriber sends nothing more.
@@ -47,13 +50,74 @@ pub(crate) async fn serve(
         let text = format!("{FEEDS_MAX} shards of this log are fed already");
         return refuse(connection, (ErrorCode::Busy, text)).await;
     }
+    if let Err(farewell) = register(log, subscription).await {
+        return refuse(connection, farewell).await;
+    }
+    if subscription.from == FrameSummary::default() {
+        let answer = Batch::heartbeat(subscription.from, commit_lsn(log), term(log));
+        return match BatchFrames::new(answer).next_frame() {
+            Ok(frame) => {
+                say(connection, frame.unwrap_or_default()).await;
+                None
+            }
+            Err(error) => refuse(connection, (ErrorCode::Internal, error.to_string())).await,
+        };
+    }
+    feed(log, connection, frames, subscription).await
+}
+
+/// Registers the generation, and waits until it is durable.
+async fn register(log: &LogDriver, subscription: Subscription) -> Result<(), (ErrorCode, String)> {
+    let Subscription { shard, generation, .. } = subscription;
+    let version = log.register_shard(shard, generation).map_err(|error| farewell_of_owner(&error))?;
+    let settled = |machine: &logstore::Log| {
+        let durable = machine.consumers_durable(version);
+        (durable || machine.is_failed() || log.is_closed()).then_some(durable)
+    };
+    match driver::timeout(REGISTRATION_LIMIT, log.until(settled)).await {
+        Some(true) => Ok(()),
+        Some(false) if log.is_closed() => Err(stopping()),
+        Some(false) | None => {
+            Err((ErrorCode::Internal, "the owner of the shard cannot be made durable: see the disk".to_owned()))
+        }
+    }
+}
+
+/// Sends the last frame of a connection and lets the peer read it.
+async fn say(mut connection: Connection, frame: Vec<u8>) {
+    let disarm = watch(connection.closer(), FAREWELL_LIMIT);
+    // It may be gone; then there is nobody to be told.
+    let _ = connection.write_all(frame).await;
+    let (reader, mut writer) = connection.into_split();
+    let _ = writer.shutdown().await;
+    drain(reader).await;
+    disarm.set(true);
+}
+
+/// Tells a subscriber that is not taken in.
+async fn refuse(connection: Connection, farewell: (ErrorCode, String)) -> Farewell {
+    let (code, text) = farewell.clone();
+    if let Ok(frame) = encode_to_vec(&Message::Error(ErrorFrame { code, text })) {
+        say(connection, frame).await;
+    }
+    Some(farewell)
+}
+
+/// Feeds a registered subscriber.
+async fn feed(
+    log: &Rc<LogDriver>,
+    connection: Connection,
+    frames: FrameReader,
+    subscription: Subscription,
+) -> Farewell {
     let closer = connection.closer();
     let session = Session { ended: Cell::new(false), farewell: RefCell::new(None) };
+    let position = subscription.from.record_end;
     let membership = log.feeds().enter(Subscriber {
         shard: subscription.shard,
         generation: subscription.generation,
-        sent_lsn: subscription.from.record_end,
-        received_lsn: subscription.from.record_end,
+        sent_lsn: position,
+        received_lsn: position,
     });
     let (mut reader, mut writer) = connection.into_split();
     let sending = async {
@@ -123,46 +187,6 @@ fn stopping() -> (ErrorCode, String) {
     (ErrorCode::Stopping, "this safekeeper is stopping, or the log was deleted".to_owned())
 }
 
-/// Registers the generation, and waits until it is durable.
-async fn register(log: &LogDriver, session: &Session, subscription: Subscription) -> Farewell {
-    let Subscription { shard, generation, .. } = subscription;
-    let version = match log.register_shard(shard, generation) {
-        Ok(version) => version,
-        Err(error) => return Some(farewell_of_owner(&error)),
-    };
-    let settled = |machine: &logstore::Log| {
-        let settled = machine.consumers_durable(version)
-            || machine.is_failed()
-            || session.ended.get()
-            || session.farewell.borrow().is_some()
-            || log.is_closed();
-        settled.then(|| machine.consumers_durable(version) || session.ended.get())
-    };
-    match log.until(settled).await {
-        true => None,
-        false if log.is_closed() => Some(stopping()),
-        false => session
-            .farewell
-            .take()
-            .or_else(|| Some((ErrorCode::Internal, "the owner of the shard cannot be made durable".to_owned()))),
-    }
-}
-
-/// Tells a subscriber that is not taken in.
-async fn refuse(mut connection: Connection, farewell: (ErrorCode, String)) -> Farewell {
-    let (code, text) = farewell.clone();
-    if let Ok(frame) = encode_to_vec(&Message::Error(ErrorFrame { code, text })) {
-        let disarm = watch(connection.closer(), FAREWELL_LIMIT);
-        // It may be gone; then there is nobody to be told.
-        let _ = connection.write_all(frame).await;
-        let (reader, mut writer) = connection.into_split();
-        let _ = writer.shutdown().await;
-        drain(reader).await;
-        disarm.set(true);
-    }
-    Some(farewell)
-}
-
 /// What was sent last.
 #[derive(Clone, Copy)]
 struct Sent {
@@ -177,14 +201,7 @@ async fn send_all(
     membership: &Membership,
     subscription: Subscription,
 ) -> Farewell {
-    if let Some(farewell) = register(log, session, subscription).await {
-        return Some(farewell);
-    }
     let Subscription { shard, range, striping, from, .. } = subscription;
-    if from == FrameSummary::default() {
-        let _gone = send(log, writer, Batch::heartbeat(from, commit_lsn(log), term(log))).await;
-        return None;
-    }
     tracing::info!(
         log = %log.id(), shard = shard.0, generation = subscription.generation.0, from = %from.record_end, "feeding a shard"
     );

@@ -2,6 +2,17 @@
 
 use proptest::{collection::vec, option, prelude::*};
 
+/// A page image.
+#[derive(Clone, Debug)]
+struct Image {
+    /// Flag of its compression; 0 for none.
+    method: u8,
+    /// Start and length.
+    hole: Option<(u16, u16)>,
+    bytes: Vec<u8>,
+    apply: bool,
+}
+
 /// A block reference and what belongs to it.
 #[derive(Clone, Debug)]
 struct Reference {
@@ -11,23 +22,17 @@ struct Reference {
     relation: [u32; 3],
     block: u32,
     data: Vec<u8>,
-    /// Method flag, hole, bytes, whether redo applies it.
-    image: Option<(u8, Option<(u16, u16)>, Vec<u8>, bool)>,
+    image: Option<Image>,
 }
 
-fn image() -> impl Strategy<Value = (u8, Option<(u16, u16)>, Vec<u8>, bool)> {
+fn image() -> impl Strategy<Value = Image> {
     let plain = (1..8000u16, 1..8192u16).prop_flat_map(|(start, length)| {
         let length = length.min(8192 - start);
-        let bytes = vec(any::<u8>(), usize::from(8192 - length));
-        (Just(0u8), Just(Some((start, length))), bytes, any::<bool>())
+        (Just(0u8), Just(Some((start, length))), vec(any::<u8>(), usize::from(8192 - length)), any::<bool>())
     });
-    let compressed = (
-        prop_oneof![Just(4u8), Just(8), Just(16)],
-        option::of((1..4000u16, 1..4000u16)),
-        vec(any::<u8>(), 1..300),
-        any::<bool>(),
-    );
-    prop_oneof![plain, compressed]
+    let methods = prop_oneof![Just(4u8), Just(8), Just(16)];
+    let compressed = (methods, option::of((1..4000u16, 1..4000u16)), vec(any::<u8>(), 1..300), any::<bool>());
+    prop_oneof![plain, compressed].prop_map(|(method, hole, bytes, apply)| Image { method, hole, bytes, apply })
 }
 
 fn reference() -> impl Strategy<Value = Reference> {
@@ -81,7 +86,7 @@ fn put_together(
         }
         headers.extend([id, flags]);
         headers.extend((block.data.len() as u16).to_le_bytes());
-        if let Some((method, hole, bytes, apply)) = &block.image {
+        if let Some(Image { method, hole, bytes, apply }) = &block.image {
             headers.extend((bytes.len() as u16).to_le_bytes());
             headers.extend(hole.map_or(0, |(start, _)| start).to_le_bytes());
             headers.push(method | u8::from(hole.is_some()) | if *apply { 2 } else { 0 });
