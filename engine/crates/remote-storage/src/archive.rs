@@ -80,9 +80,21 @@ impl WalArchive {
     /// It is not there or has another length, or see [`StorageError`].
     pub async fn get_segment(&self, start: Lsn) -> Result<Bytes, ArchiveError> {
         let key = keys::segment(self.log, start);
-        let bytes = self.storage.get(&key).await?;
+        let bytes = self.storage.get_large(&key).await?;
         self.check(&key, start, bytes.len() as u64)?;
         Ok(bytes)
+    }
+
+    /// Whether the segment that begins at `start` is archived.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub async fn contains(&self, start: Lsn) -> Result<bool, StorageError> {
+        match self.storage.get_range(&keys::segment(self.log, start), 0..1).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Starts of the segments that are archived, rising. There may be gaps: three safekeepers archive at their own pace.

@@ -109,7 +109,7 @@ impl ShardStore {
     ///
     /// # Errors
     /// [`ShardError::NotOwner`]: the same or a higher generation is claimed, by this process in an earlier life or
-    /// another. Ask the control plane for a new one.
+    /// another. Ask the control plane for a new one; after a [`StorageError`], too: the claim may be there.
     pub async fn claim(&self, generation: ShardGeneration) -> Result<ShardOwner, ShardError> {
         self.check_no_claim_from(generation.0, generation).await?;
         let key = keys::claim(self.log, self.shard, generation);
@@ -175,7 +175,7 @@ impl ShardStore {
     /// It is not there, damaged, of another version of the format, or another's.
     pub async fn manifest(&self, version: ManifestVersion) -> Result<Manifest, ShardError> {
         let key = keys::manifest(self.log, self.shard, version);
-        let bytes = self.storage.get(&key).await?;
+        let bytes = self.storage.get_large(&key).await?;
         let manifest = match Manifest::decode(&bytes) {
             Ok(manifest) => manifest,
             Err(source) => return Err(ShardError::Manifest { key, source }),

@@ -154,7 +154,13 @@ impl RemoteStorage {
     /// It is not there, or see [`StorageError`].
     pub async fn get(&self, key: &str) -> Result<Bytes, StorageError> {
         let key = key.to_owned();
-        self.run(|context| async move { context.get(&key).await }).await
+        self.run(|context| async move { context.get(&key, context.policies.read).await }).await
+    }
+
+    /// The whole object, with the time of a transfer: for what may be many megabytes.
+    pub(crate) async fn get_large(&self, key: &str) -> Result<Bytes, StorageError> {
+        let key = key.to_owned();
+        self.run(|context| async move { context.get(&key, context.policies.transfer).await }).await
     }
 
     /// Bytes of an object, half-open. All of them have to be there.
@@ -312,8 +318,8 @@ impl Context {
         result
     }
 
-    async fn get(&self, key: &str) -> Result<Bytes, StorageError> {
-        let attempts = self.try_for(Operation::Get, key, self.policies.read, |_| self.backend.get(key));
+    async fn get(&self, key: &str, policy: RetryPolicy) -> Result<Bytes, StorageError> {
+        let attempts = self.try_for(Operation::Get, key, policy, |_| self.backend.get(key));
         let bytes = self.counted(Operation::Get, attempts).await?;
         self.metrics.transferred(Operation::Get, bytes.len() as u64);
         Ok(bytes)

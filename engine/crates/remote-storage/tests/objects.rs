@@ -418,6 +418,19 @@ fn a_bucket_that_is_not_there_is_no_empty_store() {
     }
 }
 
+/// The services that no server can be had for here: their settings make a client.
+#[test]
+fn other_services_are_opened_with_their_settings() {
+    const TEST: &str = "other_services_are_opened_with_their_settings";
+    if is_child(TEST) {
+        RemoteStorage::open("gs://bucket/prefix").unwrap();
+        RemoteStorage::open("az://container/prefix").unwrap();
+        return;
+    }
+    let key = "a2V5";
+    again(TEST, &[("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", key)]);
+}
+
 /// Nobody listens there, and then nobody answers.
 #[test]
 fn a_server_that_is_not_there_is_unavailable_in_time() {
