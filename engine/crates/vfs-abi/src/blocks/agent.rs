@@ -258,13 +258,15 @@ impl<'a> BlockMap<'a> {
             }
             // Neighbours go along: small holes make a file of many fragments.
             let mut end = extent + 1;
-            while end < CHUNK_EXTENTS
-                && (end - extent) * EXTENT_BLOCKS < RUN_BLOCKS_MAX
-                && self.is_cold(chunk, end, commit_lsn, hurry)
-            {
+            hand.extent = end;
+            while end < CHUNK_EXTENTS && (end - extent) * EXTENT_BLOCKS < RUN_BLOCKS_MAX {
+                // One that is not taken has been looked at: its mark is gone, and it must not be found without one at once.
+                hand.extent = end + 1;
+                if !self.is_cold(chunk, end, commit_lsn, hurry) {
+                    break;
+                }
                 end += 1;
             }
-            hand.extent = end;
             return Some(Candidate { chunk, index: extent * EXTENT_BLOCKS, end: end * EXTENT_BLOCKS });
         }
         None
@@ -341,10 +343,15 @@ impl<'a> BlockMap<'a> {
         let ours = owner.incarnation == incarnation && file.is_none_or(|file| file == owner)
             || self.planted(Plant::OwnerUnchecked);
         let committed = self.planted(Plant::HorizonOnce) || horizon.load(SeqCst) <= self.commit_lsn();
-        if ours && committed && !self.is_pinned(slot) {
+        let pinned = ours && self.is_pinned(slot);
+        if ours && committed && !pinned {
             return true;
         }
-        word.store(claimed.with(Kind::Present).0, SeqCst);
+        if pinned {
+            // The file was found to be unlogged after this block was written: it is no candidate any more.
+            self.wide(wide::PRESENT).fetch_sub(1, Relaxed);
+        }
+        word.store(claimed.with(if pinned { Kind::Pinned } else { Kind::Present }).0, SeqCst);
         self.wake_block(word, signals);
         false
     }

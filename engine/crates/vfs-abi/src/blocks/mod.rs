@@ -15,6 +15,8 @@ mod layout;
 mod library;
 mod ring;
 mod sync;
+#[cfg(all(test, not(feature = "loom")))]
+mod tests;
 mod word;
 
 pub use agent::{Candidate, ClockHand, EvictRun, FillRequest};
