@@ -7,7 +7,7 @@ use std::{io, os::unix::fs::FileExt, pin::pin, rc::Rc};
 use futures_util::future::select;
 use pageclient::{BlockRead, Cause, PageError};
 use pgtypes::{Instant, Lsn};
-use vfs_abi::blocks::{BLOCK_BYTES, FILE_BLOCKS_MAX, FillRequest};
+use vfs_abi::blocks::{BLOCK_BYTES, FILE_BLOCKS_MAX, FillRequest, Purpose};
 use wal::{Fork, RelFileLocator};
 use wire::page::{NEWEST, PAGES_MAX, PageErrorCode};
 
@@ -25,14 +25,21 @@ struct Group(Vec<FillRequest>);
 impl Group {
     fn takes(&self, request: &FillRequest) -> bool {
         let Some(last) = self.0.last() else { return true };
-        last.file == request.file && last.block + 1 == request.block && self.0.len() < usize::from(PAGES_MAX)
+        last.file == request.file
+            && last.block + 1 == request.block
+            && last.prefetch == request.prefetch
+            && self.0.len() < usize::from(PAGES_MAX)
     }
 
     /// What to ask for. The position is chosen here, behind the claims: the newest that holds every change made here.
-    fn read(requests: &[FillRequest]) -> BlockRead {
+    ///
+    /// A horizon is that of 16 blocks, and one of the others may have been written since: by a transaction that does not
+    /// commit before it has read these, so that page servers would wait for WAL that waits for them. Blocks that are not
+    /// here left when their horizon was committed, so that what is committed now holds every change of them.
+    fn read(requests: &[FillRequest], commit_lsn: u64) -> BlockRead {
         let first = &requests[0];
         let key = &first.key;
-        let horizon = requests.iter().map(|request| request.horizon).max().unwrap_or_default();
+        let horizon = requests.iter().map(|request| request.horizon).max().unwrap_or_default().min(commit_lsn);
         BlockRead {
             relation: RelFileLocator { tablespace: key.tablespace, database: key.database, relation: key.relation },
             fork: match key.fork {
@@ -72,18 +79,40 @@ pub(super) async fn serve(cache: Rc<Cache>) {
 
 /// Everything that waits in the ring, as far as there is room.
 fn take_requests(cache: &Rc<Cache>) {
+    let map = cache.setup.blocks.map();
     let mut group = Group(Vec::new());
     while cache.filling.get() < FILLING_MAX {
-        let Some(request) = cache.setup.blocks.map().poll_request(&Futex) else { break };
+        let Some(request) = map.poll_request(&Futex) else {
+            if group.0.is_empty() {
+                break;
+            }
+            // What is asked for ahead of it comes out of the ring next.
+            send(cache, std::mem::replace(&mut group, Group(Vec::new())));
+            continue;
+        };
         if !group.takes(&request) {
-            driver::spawn(fill(cache.clone(), std::mem::replace(&mut group, Group(Vec::new()))));
+            send(cache, std::mem::replace(&mut group, Group(Vec::new())));
         }
         group.0.push(request);
         cache.filling.set(cache.filling.get() + 1);
     }
     if !group.0.is_empty() {
-        driver::spawn(fill(cache.clone(), group));
+        send(cache, group);
     }
+}
+
+/// Begins to fill the blocks of a group that is not empty, and asks for what its reader will want next.
+fn send(cache: &Rc<Cache>, group: Group) {
+    let (first, last) = (&group.0[0], &group.0[group.0.len() - 1]);
+    if !first.prefetch
+        && let Some(next) = cache.ahead.borrow_mut().note(first.file, first.block..last.block + 1)
+        && let Err(error) =
+            cache.setup.blocks.map().request(first.file, next.start, next.end, Purpose::Prefetch, &Futex)
+    {
+        // Whoever reads there will get this as an error.
+        tracing::debug!(%error, "nothing is read ahead");
+    }
+    driver::spawn(fill(cache.clone(), group));
 }
 
 async fn fill(cache: Rc<Cache>, Group(requests): Group) {
@@ -106,7 +135,7 @@ async fn fill(cache: Rc<Cache>, Group(requests): Group) {
 
 /// Asks for the pages and writes them.
 async fn fetch(cache: &Cache, requests: &[FillRequest], deadline: Instant) -> Result<(), PageError> {
-    let read = Group::read(requests);
+    let read = Group::read(requests, cache.setup.blocks.map().commit_lsn());
     let pages = cache.client.get_pages(&read, deadline).await?;
     cache.outages.borrow_mut().note_answer(&read, driver::now());
     if !cache.ended.get() {
@@ -179,15 +208,18 @@ fn fail(cache: &Cache, requests: &[FillRequest], error: &PageError) {
     if cache.ended.get() {
         return;
     }
+    let map = cache.setup.blocks.map();
     match &error.cause {
         Cause::StaleTerm(text) => {
             // Nobody is to see an error of a server that is being killed: its reads wait for that.
             cache.note_stale_term(text);
             return;
         }
-        _ if is_of_one_page(error) => cache.outages.borrow_mut().note_lost(&Group::read(requests), error),
+        _ if is_of_one_page(error) => {
+            let read = Group::read(requests, map.commit_lsn());
+            cache.outages.borrow_mut().note_lost(&read, error);
+        }
         _ => cache.outages.borrow_mut().note_silence(error, requests.len() as u32, driver::now()),
     }
-    let map = cache.setup.blocks.map();
     requests.iter().for_each(|request| map.fail_fill(request, &Futex));
 }

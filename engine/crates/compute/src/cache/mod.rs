@@ -9,6 +9,7 @@ mod files;
 mod fills;
 mod map;
 mod outage;
+mod read_ahead;
 #[cfg(test)]
 mod tests;
 
@@ -25,7 +26,7 @@ use driver::Event;
 use futures_util::future::select;
 use pageclient::PageClient;
 
-use self::{files::OpenFiles, outage::Outages};
+use self::{files::OpenFiles, outage::Outages, read_ahead::ReadAhead};
 pub use self::{
     files::relation_path,
     map::{Futex, SharedBlocks},
@@ -64,6 +65,7 @@ pub struct Cache {
     client: Rc<PageClient>,
     files: RefCell<OpenFiles>,
     outages: RefCell<Outages>,
+    ahead: RefCell<ReadAhead>,
     /// Blocks whose pages are on their way.
     filling: Cell<u32>,
     /// A fill ended.
@@ -81,6 +83,7 @@ impl Cache {
         let cache = Rc::new(Self {
             files: RefCell::new(OpenFiles::new(&setup.pgdata)),
             outages: RefCell::new(Outages::new(&setup.config)),
+            ahead: RefCell::new(ReadAhead::new(setup.config.cache_bytes)),
             setup,
             client,
             filling: Cell::new(0),

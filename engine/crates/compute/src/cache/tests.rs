@@ -340,3 +340,40 @@ fn blocks_whose_changes_are_not_committed_stay() {
         assert_eq!(horizon, map.horizon_of(fixture.file, gone));
     });
 }
+
+/// A transaction writes a block back and then reads its neighbour, which was evicted before: the neighbour's page must not
+/// wait for WAL that is flushed only when that transaction ends. PostgreSQL's suite stood still for 10 s at a time by it.
+#[test]
+fn a_read_never_waits_for_wal_that_is_not_committed() {
+    use vfs_abi::blocks::{WriteClaim, WriteOutcome};
+    on_core(async {
+        let (server, address) = Server::start(|_| Say::Pages);
+        let fixture = Fixture::new(&address, 64, 0, Duration::from_secs(5));
+        let map = fixture.cache.setup.blocks.map();
+        let committed = BASE + 500;
+        map.set_commit_lsn(committed);
+        assert_eq!(Ok(WriteClaim::Claimed), map.claim_write(fixture.file, 0, 1, true, &Futex));
+        map.finish_write(fixture.file, 0, WriteOutcome::Evictable { horizon: BASE + 1000 }, &Futex);
+        fixture.request(1, 2);
+        wait_for("the block", || fixture.kinds([1]) == [Kind::Present]).await;
+        assert_eq!(Lsn(committed), server.asked.borrow()[0].not_modified_since);
+    });
+}
+
+/// A sequential scan asks for 128 KiB at a time and announces nothing.
+#[test]
+fn blocks_ahead_of_a_reader_that_goes_on_are_there_when_it_comes() {
+    on_core(async {
+        let (_server, address) = Server::start(|_| Say::Pages);
+        let fixture = Fixture::new(&address, 100, 0, Duration::from_secs(5));
+        for first in [0, 16] {
+            fixture.request(first, first + 16);
+            wait_for("a read", || fixture.kinds(first..first + 16).iter().all(|kind| *kind == Kind::Present)).await;
+        }
+        wait_for("what comes next", || fixture.kinds(32..48).iter().all(|kind| *kind == Kind::Present)).await;
+        assert_eq!(vec![Kind::Absent; 16], fixture.kinds(48..64));
+        fixture.request(48, 64);
+        wait_for("all of the file", || fixture.kinds(48..96).iter().all(|kind| *kind == Kind::Present)).await;
+        assert_eq!(vec![95, 0], [95, 96].map(|block| fixture.first_byte(block)));
+    });
+}
