@@ -230,6 +230,13 @@ pub fn age(_: &Postgres, server: &mut Server<'_>) {
     );
     server.script("drop database copy_of_logged");
     server.script(TRANSACTIONS);
+    // Commit timestamps begin and end with a start.
+    for setting in ["track_commit_timestamp = off", "track_commit_timestamp = on"] {
+        server.stop("fast");
+        server.append_configuration(setting);
+        server.start();
+        server.script("insert into u values (-25, 0); delete from u where i = -25");
+    }
     output(server.client("pgbench").args(["--client=4", "--transactions=300"]));
     server.stop("immediate");
     server.start();
