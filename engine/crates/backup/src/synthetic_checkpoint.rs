@@ -93,7 +93,7 @@ impl SyntheticCheckpoint {
         if x.offset_in(8) != 0 || !x.is_valid() {
             return Err(WalPageError::Position(x));
         }
-        check_page_before(x, system_id, segment_bytes, page_before)?;
+        let page_timeline = check_page_before(summary, system_id, segment_bytes, page_before)?;
         let record_start = match x.offset_in(PAGE_BYTES) {
             0 => x.advance(page_header_bytes(x, segment_bytes) as u64),
             _ => x,
@@ -116,27 +116,36 @@ impl SyntheticCheckpoint {
         });
         debug_assert_eq!(record_start, start);
         let bytes = writer.take_bytes();
-        let files = wal_files(x, &bytes, summary.timeline, system_id, segment_bytes, page_before);
+        let first_header = |segment| first_header(segment, page_timeline, system_id, segment_bytes);
+        let files = wal_files(x, &bytes, summary.timeline, segment_bytes, page_before, first_header);
         Ok(SyntheticCheckpoint { begin: x, record_start, end, checkpoint, bytes, files })
     }
 }
 
-fn check_page_before(x: Lsn, system_id: SystemId, segment_bytes: u64, page_before: &[u8]) -> Result<(), WalPageError> {
+/// The timeline that X's page began in. Not always that of X: a promotion goes on in the page where it was.
+fn check_page_before(
+    summary: &FrameSummary,
+    system_id: SystemId,
+    segment_bytes: u64,
+    page_before: &[u8],
+) -> Result<PgTimeline, WalPageError> {
+    let x = summary.record_end;
     let expected = x.offset_in(PAGE_BYTES) as usize;
     if page_before.len() != expected {
         return Err(WalPageError::Length { x, found: page_before.len(), expected });
     }
     if expected == 0 {
-        return Ok(());
+        return Ok(summary.timeline);
     }
     let page = x.floor(PAGE_BYTES);
     let header = page_before.get(..page_header_bytes(page, segment_bytes)).and_then(PageHeader::parse);
-    let fits = header.is_some_and(|header| {
+    let fits = |header: &PageHeader| {
         header.magic == PAGE_MAGIC
             && header.address == page
+            && header.timeline <= summary.timeline
             && header.long.is_none_or(|long| long.system_id == system_id)
-    });
-    if fits { Ok(()) } else { Err(WalPageError::Header(x)) }
+    };
+    header.filter(fits).map(|header| header.timeline).ok_or(WalPageError::Header(x))
 }
 
 /// Segments with `page_before` and `bytes`, which meet at X.
@@ -144,13 +153,12 @@ fn wal_files(
     x: Lsn,
     bytes: &[u8],
     timeline: PgTimeline,
-    system_id: SystemId,
     segment_bytes: u64,
     page_before: &[u8],
+    first_header: impl Fn(Lsn) -> Vec<u8>,
 ) -> Vec<WalFile> {
-    let page = x.floor(PAGE_BYTES);
     let mut files = Vec::new();
-    let mut position = page;
+    let mut position = x.floor(PAGE_BYTES);
     let mut all = page_before.to_vec();
     all.extend_from_slice(bytes);
     let mut rest = &all[..];
@@ -160,19 +168,7 @@ fn wal_files(
         let (now, later) = rest.split_at(rest.len().min(room));
         let mut pieces = vec![WalPiece { offset, bytes: now.to_vec() }];
         if offset != 0 {
-            // PostgreSQL looks at a segment's first header before it reads any other page of it (`ReadPageInternal`).
-            let long = LongPageHeader { system_id, segment_bytes: segment_bytes as u32, page_bytes: PAGE_BYTES as u32 };
-            let mut first = Vec::new();
-            PageHeader {
-                magic: PAGE_MAGIC,
-                flags: page_flags::LONG_HEADER,
-                timeline,
-                address: position.floor(segment_bytes),
-                remaining_bytes: 0,
-                long: Some(long),
-            }
-            .write(&mut first);
-            pieces.insert(0, WalPiece { offset: 0, bytes: first });
+            pieces.insert(0, WalPiece { offset: 0, bytes: first_header(position.floor(segment_bytes)) });
         }
         let name = segment_file_name(timeline, position.0 / segment_bytes, segment_bytes);
         files.push(WalFile { path: format!("pg_wal/{name}"), length: segment_bytes, pieces });
@@ -180,4 +176,21 @@ fn wal_files(
         rest = later;
     }
     files
+}
+
+/// PostgreSQL looks at a segment's first header before it reads any other page of it (`ReadPageInternal`), and timelines of
+/// pages may not fall (`XLogReaderValidatePageHeader`): it is given the one of the page that follows.
+fn first_header(segment: Lsn, timeline: PgTimeline, system_id: SystemId, segment_bytes: u64) -> Vec<u8> {
+    let long = LongPageHeader { system_id, segment_bytes: segment_bytes as u32, page_bytes: PAGE_BYTES as u32 };
+    let mut header = Vec::new();
+    PageHeader {
+        magic: PAGE_MAGIC,
+        flags: page_flags::LONG_HEADER,
+        timeline,
+        address: segment,
+        remaining_bytes: 0,
+        long: Some(long),
+    }
+    .write(&mut header);
+    header
 }

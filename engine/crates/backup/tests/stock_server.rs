@@ -22,7 +22,7 @@ use files::Files;
 use layers::{Key, Metadata};
 use metadata::Counters;
 use pgformat::{ControlFile, segment_file_name};
-use pgtypes::{FrameSummary, Lsn};
+use pgtypes::{FrameSummary, Lsn, PgTimeline};
 use postgres::{Directory, Postgres, Server, output};
 use shard::Advisory;
 use wal::{Fork, PAGE_BYTES, RecordInfo, Scanner, page_header_bytes};
@@ -106,8 +106,11 @@ fn end_of_log(data: &Path, base: &ControlFile) -> End {
     let mut log = Vec::new();
     while scanner.position() < control.checkpoint_lsn {
         let position = scanner.position();
-        let name = segment_file_name(timeline, position.0 / SEGMENT, SEGMENT);
-        let mut bytes = fs::read(data.join("pg_wal").join(name)).expect("a segment");
+        let name = |timeline| segment_file_name(timeline, position.0 / SEGMENT, SEGMENT);
+        let path = |timeline| data.join("pg_wal").join(name(timeline));
+        // Of the newest timeline: it begins with what the one before had written.
+        let path = [control.checkpoint.timeline, timeline].map(path).into_iter().find(|path| path.exists());
+        let mut bytes = fs::read(path.expect("a segment")).expect("a readable segment");
         // Up to the checkpoint, or to the start of its page, in whose header a record cannot end.
         let x = control.checkpoint_lsn;
         let x = match x.offset_in(PAGE_BYTES) == page_header_bytes(x.floor(PAGE_BYTES), SEGMENT) as u64 {
@@ -130,6 +133,12 @@ fn end_of_log(data: &Path, base: &ControlFile) -> End {
 
 fn control(data: &Path) -> ControlFile {
     ControlFile::parse(&fs::read(data.join("global/pg_control")).expect("a control file")).expect("PostgreSQL 17")
+}
+
+/// History files of a server's timelines.
+fn histories(data: &Path) -> Vec<(PgTimeline, Vec<u8>)> {
+    let read = |number| Some((PgTimeline(number), fs::read(data.join(format!("pg_wal/{number:08X}.history"))).ok()?));
+    (2..=control(data).checkpoint.timeline.0).filter_map(read).collect()
 }
 
 /// What page servers would give as of the end of the log. `template`: any earlier `pg_control`.
@@ -244,7 +253,7 @@ impl Judge<'_> {
             metadata: metadata_of(&files, data, &self.template, &self.counters),
             forks: &forks,
             page_before: &end.page_before,
-            histories: &[],
+            histories: &histories(data),
             time: control(data).time,
         })
         .expect("a plan");
@@ -345,6 +354,19 @@ fn postgresql_starts_from_a_plan_at_any_place_and_is_what_it_was() {
         assert!(place.is(x), "the server logged something between: X is {x}, which is not {place:?}");
         println!("started at {x}: {place:?}");
     }
+
+    // Promoted: X is in the page that began in the timeline before.
+    server.start();
+    stop_at(&mut server, Place::InPage(4096));
+    let switched = control(&data).checkpoint_lsn;
+    fs::write(data.join("standby.signal"), "").expect("a written file");
+    postgres.own(&data.join("standby.signal"));
+    server.start();
+    server.psql("select pg_promote()");
+    server.stop("fast");
+    let x = judge.judge(&data);
+    assert_eq!((PgTimeline(2), 1), (control(&data).checkpoint.timeline, histories(&data).len()));
+    assert_eq!(switched.floor(PAGE_BYTES), x.floor(PAGE_BYTES));
 
     let answer = |without, statements: &[&str]| judge.answer_without(&data, without, statements);
     let unlogged = &["select count(*) from u"];

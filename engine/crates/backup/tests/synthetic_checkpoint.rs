@@ -177,6 +177,24 @@ fn the_first_record_of_a_log_has_none_before() {
     assert_eq!((ORIGIN.advance(40), Lsn::INVALID), (record.info.start, record.info.prev));
 }
 
+/// A promotion goes on in the page where it was; pages' timelines may not fall, or PostgreSQL finds no checkpoint.
+#[test]
+fn the_first_header_of_a_segment_is_of_the_timeline_of_the_page_that_follows() {
+    let x = ORIGIN.advance(2 * PAGE_BYTES + 800);
+    let (mut writer, last) = log_up_to(x);
+    let log = writer.take_bytes();
+    let before = &log[log.len() - 800..];
+    let summary = |timeline| FrameSummary { record_end: x, record_start: last, timeline, ..FrameSummary::default() };
+    let make = |timeline| SyntheticCheckpoint::new(&summary(timeline), counters(), SYSTEM, SEGMENT, before);
+    let promoted = PgTimeline(TIMELINE.0 + 1);
+    let made = make(promoted).expect("a checkpoint");
+    let [file] = &made.files[..] else { panic!("{:?}", made.files) };
+    assert_eq!(format!("pg_wal/{}", pgformat::segment_file_name(promoted, x.0 / SEGMENT, SEGMENT)), file.path);
+    let first = PageHeader::parse(&file.pieces[0].bytes).expect("a header");
+    assert_eq!((TIMELINE, promoted), (first.timeline, made.checkpoint.timeline));
+    assert_eq!(Err(WalPageError::Header(x)), make(PgTimeline(TIMELINE.0 - 1)), "a page of a later timeline");
+}
+
 #[test]
 fn bytes_that_are_not_those_in_front_of_x_are_refused() {
     let x = ORIGIN.advance(2 * PAGE_BYTES + 800);
