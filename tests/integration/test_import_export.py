@@ -76,7 +76,7 @@ def start_exported(directory: Path, exported: Path) -> StockServer:
     return server
 
 
-@pytest.mark.parametrize(("storage", "shards"), [("file", 1), ("file", 4), ("s3", 2)])
+@pytest.mark.parametrize(("storage", "shards"), [("file", 1), ("file", 4), ("s3", 2)], indirect=["storage"])
 def test_a_database_goes_in_and_comes_out(directory: Path, storage: ObjectStorage, shards: int) -> None:
     """pg_dump of the stock server, of the lakebase, and of the export agree; checksums and indexes are sound."""
     backup, expected = stock_database(directory)
@@ -86,7 +86,9 @@ def test_a_database_goes_in_and_comes_out(directory: Path, storage: ObjectStorag
         assert dump(writer.port) == expected
         amcheck(writer.port, ["postgres"])
         with writer.connect() as connection:
-            connection.execute("insert into words values (0, 'after the import')")
+            # Transactions whose ids no counter on a page server knows yet when the export reads it.
+            for i in range(50):
+                connection.execute("insert into words values (%s, 'after the import')", (-i,))
             assert number(connection, "select count(*) from u") == 0
         changed = dump(writer.port)
         writer.stop_cleanly()
@@ -100,7 +102,7 @@ def test_a_database_goes_in_and_comes_out(directory: Path, storage: ObjectStorag
         amcheck(server.port, ["postgres", "second"])
         with server.connect() as connection:
             assert len(tpcb_sums(connection)) == 1
-            connection.execute("insert into words values (-1, 'goes on')")
+            connection.execute("insert into words values (-100, 'goes on')")
             connection.execute("checkpoint")
     finally:
         server.stop()

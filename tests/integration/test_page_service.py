@@ -47,7 +47,7 @@ def test_a_compute_that_is_stopped_cleanly_starts_again() -> None:
 
 
 @pytest.mark.parametrize("disk", [True, False], ids=["with its disk", "without its disk"])
-@pytest.mark.parametrize("storage", ["file", "s3"])
+@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 def test_a_page_server_starts_again(storage: ObjectStorage, disk: bool) -> None:
     """What was in object storage comes from there, the rest from the safekeepers."""
     with LocalCluster(page_service=PageServiceSettings(shards=2, object_storage=storage)) as cluster:

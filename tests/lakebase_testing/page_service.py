@@ -4,7 +4,6 @@ A page server may be killed and started again at will; each start is another gen
 would grant it. `lose_disk` removes what it holds locally: all that is durable is in object storage and on the safekeepers.
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lakebase_testing.admin import AdminClient, Json
 from lakebase_testing.environment import environment
 from lakebase_testing.ports import free_port
 from lakebase_testing.process import Process
+from lakebase_testing.s3 import s3_url
 from lakebase_testing.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ class PageServiceSettings:
 
 
 def storage_url(kind: ObjectStorage, directory: Path) -> str:
-    """Returns where a cluster keeps its objects; `s3` needs a server, which `scripts/s3-server` starts.
+    """Returns where a cluster keeps its objects.
 
-    Raises: AssertionError when there is none.
+    Raises: AssertionError for `s3` where no server can be had; a test asks `s3_url` before.
     """
     if kind == "file":
         return f"file://{directory / 'objects'}"
-    url = os.environ.get("LAKEBASE_TEST_S3_URL")
-    assert url, "LAKEBASE_TEST_S3_URL is not set: scripts/s3-server says how to start a server and what to set"
+    url = s3_url()
+    assert url is not None, "no S3 server: set LAKEBASE_TEST_S3_URL and AWS_*, or install Go (scripts/s3-server)"
     return f"{url.rstrip('/')}/{directory.name}"
 
 
