@@ -149,7 +149,7 @@ fn reader_never_takes_a_hole_for_a_page() {
         }
         evictor.join().unwrap();
     }
-    holds_unless(3, rule, &[Plant::EvictKeepsVersion, Plant::NoVersions]);
+    holds_unless(6, rule, &[Plant::EvictKeepsVersion, Plant::NoVersions]);
 }
 
 /// Finding A3.2: a late fill makes a truncated file long again, with old rows.
@@ -166,7 +166,7 @@ fn late_fill_does_not_bring_a_truncated_block_back() {
         agent.join().unwrap();
         assert_eq!(Vec::<u32>::new(), *world.disk[0].lock().unwrap());
     }
-    holds_unless(3, rule, &[Plant::FillWithoutSwap, Plant::TruncateIgnoresFill]);
+    holds_unless(6, rule, &[Plant::FillWithoutSwap, Plant::TruncateIgnoresFill]);
 }
 
 /// A page that PostgreSQL writes is newer than any that is on its way.
@@ -183,7 +183,7 @@ fn fill_never_overwrites_a_write() {
         agent.join().unwrap();
         assert_eq!((NEW, Kind::Present), (world.get(0), world.map().kind_of(file, 0)));
     }
-    holds_unless(3, rule, &[Plant::FillWithoutSwap, Plant::WriteIgnoresFill]);
+    holds_unless(6, rule, &[Plant::FillWithoutSwap, Plant::WriteIgnoresFill]);
 }
 
 /// A fill that fails while PostgreSQL writes the block does not take the block from it.
@@ -200,7 +200,7 @@ fn failing_fill_does_not_disturb_a_write() {
         agent.join().unwrap();
         assert_eq!((NEW, Kind::Present), (world.get(0), world.map().kind_of(file, 0)));
     }
-    holds_unless(3, rule, &[Plant::WriteKeepsVersion]);
+    holds_unless(6, rule, &[Plant::WriteKeepsVersion]);
 }
 
 /// Of two readers of an absent block one asks for it.
@@ -219,7 +219,7 @@ fn a_block_is_asked_for_once() {
         world.fill(&first);
         assert_eq!(Kind::Present, world.map().kind_of(file, 0));
     }
-    holds_unless(2, rule, &[Plant::ClaimWithoutSwap]);
+    holds_unless(5, rule, &[Plant::ClaimWithoutSwap]);
 }
 
 /// The word has come back to the same state meanwhile: truncated, extended, written, evicted, asked for again. The reply
@@ -242,7 +242,7 @@ fn late_fill_is_not_taken_for_a_new_one() {
         assert_eq!((0, Kind::Filling), (world.get(0), world.map().kind_of(file, 0)));
         assert_eq!(COMMIT_LSN, again.horizon);
     }
-    holds_unless(3, rule, &[Plant::NoVersions, Plant::FillWithoutSwap]);
+    holds_unless(6, rule, &[Plant::NoVersions, Plant::FillWithoutSwap]);
 }
 
 /// Finding A1: what is written while the evictor thinks is not evicted before its WAL is committed.
@@ -260,7 +260,7 @@ fn eviction_never_takes_an_uncommitted_write() {
         assert_eq!((NEW, Kind::Present), (world.get(0), world.map().kind_of(file, 0)));
         assert_eq!(COMMIT_LSN + 1, world.map().horizon_of(file, 0));
     }
-    holds_unless(3, rule, &[Plant::HorizonOnce, Plant::HorizonLate]);
+    holds_unless(6, rule, &[Plant::HorizonOnce, Plant::HorizonLate]);
 }
 
 /// A file is dropped and its slot and chunk come to another one, while somebody evicts a block of the first: no block of
@@ -281,7 +281,7 @@ fn eviction_of_a_dropped_file_leaves_its_successor_alone() {
         evictor.join().unwrap();
         assert_eq!((NEW, Kind::Present), (world.get(1), map.kind_of(other, 0)));
     }
-    holds_unless(2, rule, &[Plant::OwnerUnchecked]);
+    holds_unless(5, rule, &[Plant::OwnerUnchecked]);
 }
 
 /// The agent's own eviction learns which file it works on after its claim, and so never punches the wrong one.
@@ -309,5 +309,5 @@ fn agents_eviction_punches_the_file_that_it_claimed() {
         let state = (world.get(1), map.kind_of(other, 0));
         assert!(matches!(state, (NEW, Kind::Present) | (0, Kind::Absent)), "{state:?}");
     }
-    holds_unless(2, rule, &[]);
+    holds_unless(5, rule, &[]);
 }

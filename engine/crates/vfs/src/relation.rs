@@ -7,7 +7,7 @@
 use crate::{
     backend::Backend,
     futex::{self, KeepErrno, Wait, set_errno},
-    report,
+    real, report,
     server::{Server, ring},
     wal::AGENT_CHECK_MS,
 };
@@ -74,10 +74,16 @@ impl Relations {
     pub fn opened(&self, server: &Server, key: &FileKey, fd: c_int, flags: c_int) -> Result<Option<FileRef>, c_int> {
         let _keep = KeepErrno::new();
         let created = flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL;
-        self.map.open_file(key, created, || has_name(fd), &Futexes(server)).map_err(|full| {
+        let opened = self.map.open_file(key, created, || has_name(fd), &Futexes(server)).map_err(|full| {
             report::line(format_args!("cannot open a relation file: {full}"));
             libc::ENFILE
-        })
+        })?;
+        if let Some(file) = opened.filter(|_| flags & libc::O_TRUNC != 0) {
+            // Once more, now that no fill can make the file long again. PostgreSQL itself opens no relation like this.
+            // SAFETY: integer arguments; the file has just been opened and truncated.
+            self.truncate(server, file, 0, || unsafe { real::ftruncate(fd, 0) });
+        }
+        Ok(opened)
     }
 
     /// Reads `count` bytes at `offset` through `call`, when all blocks are there. All of them up to the end of the file, or

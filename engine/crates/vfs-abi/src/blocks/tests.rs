@@ -1,6 +1,8 @@
 //! One thread: what the map says after each step, its format, and its bounds. Threads are the model's
 //! (`tests/interleavings.rs`).
 
+#![allow(clippy::unwrap_used, reason = "clippy's own exception knows only functions marked as tests")]
+
 use super::{
     layout::{CHUNK_EXTENTS, narrow, ring, slot, wide},
     *,
