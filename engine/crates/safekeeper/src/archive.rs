@@ -6,9 +6,8 @@
 
 use std::rc::Rc;
 
-use driver::Bytes as _;
 use futures_util::StreamExt;
-use logstore::SEGMENT_BYTES;
+use logstore::{Reader, SEGMENT_BYTES};
 use pgtypes::Lsn;
 use prometheus_client::{
     metrics::counter::Counter,
@@ -166,11 +165,19 @@ fn next(log: &LogDriver) -> Result<Next, logstore::ConsumerError> {
         log.set_consumer(ARCHIVE, oldest)?;
     }
     let start = known.unwrap_or(oldest).floor(SEGMENT_BYTES);
+    let end = start.advance(SEGMENT_BYTES);
     Ok(log.with(|machine| match machine.segment(start) {
         Some(segment) if segment.damaged => Next::Damaged { start },
         Some(segment) if segment.sealed => {
             let data_begin = start.max(log_start);
-            if oldest > data_begin { Next::Skip { start } } else { Next::Archive { start, data_begin } }
+            if oldest > data_begin {
+                return Next::Skip { start };
+            }
+            // After a start, a safekeeper knows only later that what it has sealed is committed.
+            match machine.readable(data_begin, Reader::Anyone) {
+                Ok(readable) if readable >= end => Next::Archive { start, data_begin },
+                _ => Next::Nothing,
+            }
         }
         _ => Next::Nothing,
     }))

@@ -47,6 +47,9 @@ pub struct Config {
     /// Stock followers.
     #[serde(default)]
     pub replication: ReplicationConfig,
+    /// Committed WAL in an object store; without the section it is kept nowhere else.
+    #[serde(default)]
+    pub archive: Option<ArchiveConfig>,
 }
 
 /// Form of the log lines.
@@ -154,6 +157,14 @@ impl Default for ReplicationConfig {
     fn default() -> Self {
         Self { users_file: None, slot_lag_max: 64 << 30, slot_silence_max: Duration::from_secs(24 * 3600) }
     }
+}
+
+/// `[archive]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ArchiveConfig {
+    /// Where: `s3://bucket/prefix` and the like (`docs/formats/object-store.md`). Credentials come from the environment.
+    pub object_storage: String,
 }
 
 /// The file cannot be used. The message says where and what to do.
@@ -352,6 +363,7 @@ mod tests {
             ("[tls]", "[disk]\nspare_segments = 1025\n[tls]", "spare_segments"),
             ("[tls]", "[catch_up]\nrate = \"1KiB\"\n[tls]", "catch_up.rate"),
             ("[tls]", "[replication]\nslot_silence_max = \"soon\"\n[tls]", "slot_silence_max"),
+            ("[tls]", "[archive]\n[tls]", "object_storage"),
         ];
         for (good, bad, expected) in table {
             let message = parse(&GOOD.replacen(good, bad, 1)).unwrap_err();

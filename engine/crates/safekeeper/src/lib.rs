@@ -5,6 +5,7 @@
 
 mod admin_routes;
 pub mod api;
+pub mod archive;
 pub mod config;
 pub mod core;
 pub mod data_dir;

@@ -16,6 +16,7 @@ use pgtypes::{FrameSummary, LogId, Lsn, PgTimeline, SystemId};
 
 use crate::{
     api::{CreateLog, DamagedLog, LogStatus},
+    archive::ARCHIVE,
     core::Core,
     files::{LogFiles, RecoveryReader},
     log::LogDriver,
@@ -176,6 +177,10 @@ pub async fn create(core: &Rc<Core>, log: LogId, body: CreateLog) -> Result<(boo
     }
     if body.shards.is_empty() {
         created.set_consumer(BASE_BACKUP, body.start_lsn).map_err(|error| CreateError::Invalid(error.to_string()))?;
+    }
+    if process.config.archive.is_some() {
+        // Before anybody lets WAL go: the archive has no gap.
+        created.set_consumer(ARCHIVE, body.start_lsn).map_err(|error| CreateError::Invalid(error.to_string()))?;
     }
     let version = created.with(|machine| machine.consumers_version());
     let durable = created.until(|machine| {

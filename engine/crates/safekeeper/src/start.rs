@@ -6,10 +6,12 @@ use driver::{Listener, Signals, mpsc};
 use identity::{Role, Tls, TlsError};
 use pgtypes::LogId;
 use prometheus_client::registry::Registry;
+use remote_storage::{OpenError, RemoteStorage};
 use wire::append::ErrorCode;
 
 use crate::{
     admin_routes,
+    archive::{Archive, ArchiveMetrics},
     config::Config,
     core::Core,
     data_dir::{DataDir, DataDirError},
@@ -36,6 +38,9 @@ pub enum StartError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The object store of the archive cannot be used.
+    #[error("archive.object_storage: {0}")]
+    Archive(#[from] OpenError),
     /// A port, a thread or the I/O driver cannot be had.
     #[error("{action}: {source}")]
     Io {
@@ -114,6 +119,12 @@ async fn serve(
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     metrics.set_driver(driver);
+    let archive = match &config.archive {
+        Some(archive) => {
+            Some(Archive::new(RemoteStorage::open(&archive.object_storage)?, ArchiveMetrics::register(&mut registry)))
+        }
+        None => None,
+    };
     let disk = config.disk;
     let spares = Spares::open(data_dir.spares(), direct_io, disk.spare_segments.into(), disk.headroom, metrics.clone())
         .map_err(doing("take stock of the spare segments"))?;
@@ -144,12 +155,16 @@ async fn serve(
     let mut threads = Vec::new();
     for (index, jobs) in receivers.into_iter().enumerate() {
         let (process, logs, ports, mut ready) = (process.clone(), logs.clone(), ports.take(), ready.clone());
+        let archive = archive.clone();
         let thread = driver::start_core(&format!("core-{index}"), move || async move {
             let core = Core::new(process, index);
             log_directory::recover_all(&core, &logs);
             driver::spawn(core.clone().run_timers());
             driver::spawn(core.clone().close_idle_files());
             driver::spawn(followers::keep_slots(core.clone()));
+            if let Some(archive) = archive {
+                driver::spawn(archive.keep(core.clone()));
+            }
             if let Some((append, replication)) = ports {
                 driver::spawn(server::accept(core.clone(), Listener::attach(append)?));
                 driver::spawn(followers::accept(core.clone(), Listener::attach(replication)?));

@@ -54,11 +54,7 @@ fn commit_blocks(cluster: &Cluster, writer: &mut Writer, count: u32, bytes: usiz
 /// Safekeepers learn from the next message of the writer what is committed.
 fn settle(cluster: &Cluster, writer: &mut Writer) -> Lsn {
     let end = writer.committed;
-    eventually("the commit position to be known", || {
-        writer.proposer.handle_timeout(driver::now());
-        writer.carry_out();
-        cluster.safekeepers.iter().all(|safekeeper| safekeeper.position("commit_lsn") == end)
-    });
+    writer.run(|_| cluster.safekeepers.iter().all(|safekeeper| safekeeper.position("commit_lsn") == end));
     end
 }
 
@@ -337,6 +333,14 @@ fn wal_is_kept_for_the_shard_that_is_furthest_behind() {
     });
     eventually("its file to go", || !safekeeper.segment(START).exists());
     assert_eq!(ErrorCode::WalNotAvailable, Subscriber::connect(safekeeper, 1, 1, beginning()).error());
+
+    // Safekeepers that do not feed the shard are told by a registration.
+    let other = &cluster.safekeepers[2];
+    let mut registration = Subscriber::connect(other, 1, 1, FrameSummary::default());
+    registration.confirm(end, START.advance(SEGMENT_BYTES + 8));
+    assert_eq!(Lsn::INVALID, registration.next().unwrap().through);
+    let told = json!(START.advance(SEGMENT_BYTES + 8).to_string());
+    eventually("the other safekeeper to know", || shard_status(other, 1)["durable_lsn"] == told);
 
     // A shard that is given up holds nothing any more, and is fed no longer.
     safekeeper.call("DELETE", &format!("{}/shards/1", log_path()), None);

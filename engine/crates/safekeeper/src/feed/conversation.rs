@@ -54,16 +54,33 @@ pub(crate) async fn serve(
         return refuse(connection, farewell).await;
     }
     if subscription.from == FrameSummary::default() {
-        let answer = Batch::heartbeat(subscription.from, commit_lsn(log), term(log));
-        return match BatchFrames::new(answer).next_frame() {
-            Ok(frame) => {
-                say(connection, frame.unwrap_or_default()).await;
-                None
-            }
-            Err(error) => refuse(connection, (ErrorCode::Internal, error.to_string())).await,
-        };
+        return answer_registration(log, connection, frames, subscription).await;
     }
     feed(log, connection, frames, subscription).await
+}
+
+/// Says that the ownership is durable, and takes progress as long as the subscriber has some: in this way it tells those
+/// safekeepers what they need not keep that do not feed it.
+async fn answer_registration(
+    log: &Rc<LogDriver>,
+    connection: Connection,
+    frames: FrameReader,
+    subscription: Subscription,
+) -> Farewell {
+    let answer = BatchFrames::new(Batch::heartbeat(subscription.from, commit_lsn(log), term(log))).next_frame();
+    let frame = match answer {
+        Ok(frame) => frame.unwrap_or_default(),
+        Err(error) => return refuse(connection, (ErrorCode::Internal, error.to_string())).await,
+    };
+    let disarm = watch(connection.closer(), FAREWELL_LIMIT);
+    let (mut reader, mut writer) = connection.into_split();
+    // It may be gone; then there is nobody to be told.
+    let _ = writer.write_all(frame).await;
+    let _ = writer.shutdown().await;
+    // It was told that nothing follows: what is wrong with its progress only goes to the log of this process.
+    let farewell = receive(log, &mut reader, frames, None, subscription).await;
+    disarm.set(true);
+    farewell
 }
 
 /// Registers the generation, and waits until it is durable.
@@ -134,7 +151,8 @@ async fn feed(
         (farewell, disarm)
     };
     let receiving = async {
-        receive(log, &mut reader, frames, &session, &membership, subscription).await;
+        let farewell = receive(log, &mut reader, frames, Some(&membership), subscription).await;
+        session.farewell.replace(farewell);
         session.ended.set(true);
         log.wake();
         if session.farewell.borrow().is_none() {
@@ -307,36 +325,37 @@ async fn receive(
     log: &LogDriver,
     reader: &mut Reader,
     mut frames: FrameReader,
-    session: &Session,
-    membership: &Membership,
+    membership: Option<&Membership>,
     subscription: Subscription,
-) {
+) -> Farewell {
     let Subscription { shard, generation, .. } = subscription;
-    let farewell = loop {
+    loop {
         match frames.next() {
             Ok(Some(frame)) => match decode(frame) {
                 Ok(Message::FeedProgress(progress)) => {
-                    membership.update(|subscriber| subscriber.received_lsn = progress.received);
+                    if let Some(membership) = membership {
+                        membership.update(|subscriber| subscriber.received_lsn = progress.received);
+                    }
                     if let Err(error) = log.confirm_shard(shard, generation, progress.durable) {
-                        break farewell_of_owner(&error);
+                        return Some(farewell_of_owner(&error));
                     }
                     log.process().metrics.set_progress(log.id(), shard.0, progress.received, progress.durable);
                 }
                 Ok(other) => {
-                    break (ErrorCode::BadMessage, format!("a page server may not send {:?}", other.message_type()));
+                    let text = format!("a page server may not send {:?}", other.message_type());
+                    return Some((ErrorCode::BadMessage, text));
                 }
-                Err(error) => break (ErrorCode::BadMessage, error.to_string()),
+                Err(error) => return Some((ErrorCode::BadMessage, error.to_string())),
             },
             Ok(None) => {
                 let (result, buffer) = reader.read(frames.take_buffer(true)).await;
                 frames.return_buffer(buffer);
                 match result {
-                    Ok(0) | Err(_) => return,
+                    Ok(0) | Err(_) => return None,
                     Ok(_) => {}
                 }
             }
-            Err(error) => break (ErrorCode::BadMessage, error.to_string()),
+            Err(error) => return Some((ErrorCode::BadMessage, error.to_string())),
         }
-    };
-    session.farewell.replace(Some(farewell));
+    }
 }
