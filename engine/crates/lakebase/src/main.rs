@@ -9,6 +9,7 @@ mod fence;
 mod grant;
 mod http;
 mod import_command;
+mod inspect;
 mod log_command;
 mod membership;
 mod pageserver_command;
@@ -53,8 +54,11 @@ enum Command {
     Fence(fence::Arguments),
     /// Tell a compute agent that a term is its own (after `fence`)
     Grant(grant::Arguments),
-    /// Show safekeepers, their logs and a compute agent
+    /// Show safekeepers, their logs, page servers and a compute agent
     Status(status::Arguments),
+    /// Look into page servers and object storage
+    #[command(subcommand)]
+    Inspect(inspect::Command),
     /// Show or change the members of a log
     #[command(subcommand)]
     Membership(membership::Command),
@@ -93,6 +97,7 @@ fn main() -> ExitCode {
         Command::Fence(arguments) => fence::run(&arguments),
         Command::Grant(arguments) => grant::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Inspect(command) => inspect::run(&command),
         Command::Membership(command) => membership::run(&command),
     };
     match result {

@@ -9,11 +9,14 @@ use crate::{
 };
 
 #[derive(clap::Args)]
-#[group(id = "whom", required = true, multiple = true, args = ["safekeepers", "compute"])]
+#[group(id = "whom", required = true, multiple = true, args = ["safekeepers", "pageservers", "compute"])]
 pub(crate) struct Arguments {
     /// Admin URL of a safekeeper; may be repeated
     #[arg(long = "safekeeper", value_name = "URL", num_args = 1..)]
     safekeepers: Vec<String>,
+    /// Admin URL of a page server; may be repeated
+    #[arg(long = "pageserver", value_name = "URL", num_args = 1..)]
+    pageservers: Vec<String>,
     /// Admin URL of a compute agent
     #[arg(long, value_name = "URL")]
     compute: Option<String>,
@@ -34,6 +37,18 @@ pub(crate) fn run(arguments: &Arguments) -> CommandResult {
                 answers.insert(url.clone(), serde_json::to_value(&status)?);
             }
             Ok(status) => print_safekeeper(url, &status),
+            Err(error) => {
+                failed += 1;
+                eprintln!("{error}");
+            }
+        }
+    }
+    for url in &arguments.pageservers {
+        match client.get::<pageserver::api::Status>(url, "/v1/status") {
+            Ok(status) if arguments.json => {
+                answers.insert(url.clone(), serde_json::to_value(&status)?);
+            }
+            Ok(status) => print_page_server(url, &status),
             Err(error) => {
                 failed += 1;
                 eprintln!("{error}");
@@ -108,6 +123,38 @@ fn print_compute(url: &str, status: &Value) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn print_page_server(url: &str, status: &pageserver::api::Status) {
+    println!(
+        "page server {url}: shard {}, generation {}, version {}, I/O {}",
+        status.shard, status.generation, status.version, status.driver
+    );
+    println!(
+        "  {}/{} {} to {}: ingested {}, durable {}, horizon {}, lag {} bytes, WAL from {}",
+        status.cluster,
+        status.branch,
+        status.begin,
+        status.end,
+        status.ingested_lsn,
+        status.durable_lsn,
+        status.horizon_lsn,
+        status.lag_bytes,
+        if status.source.is_empty() { "nobody" } else { &status.source }
+    );
+    println!(
+        "  layers: {} image, {} level 0, {} level 1, {} bytes; {} bytes not in object storage",
+        status.image_layers, status.level0_layers, status.level1_layers, status.layer_bytes, status.backlog_bytes
+    );
+    for (layer, cause) in &status.lost_layers {
+        println!("  LOST layer {layer}: {cause}");
+    }
+    for fault in &status.first_faults {
+        println!("  fault: {fault}");
+    }
+    for (what, cause) in &status.troubles {
+        println!("  trouble: {what}: {cause}");
+    }
 }
 
 fn print_safekeeper(url: &str, status: &Status) {

@@ -186,6 +186,9 @@ impl Drop for Scratch {
     }
 }
 
+/// Takes the values of a shard, in the order of their keys.
+type PutValue<'a> = &'a mut dyn FnMut(Key, &[u8]) -> Result<(), ImportError>;
+
 struct Importer<'a> {
     import: &'a Import,
     storage: &'a RemoteStorage,
@@ -328,12 +331,7 @@ impl Importer<'_> {
     }
 
     /// Puts lengths and pages of a shard's stripes; returns the number of pages.
-    fn relations(
-        &self,
-        range: HashRange,
-        forks: &[ForkFiles],
-        put: &mut dyn FnMut(Key, &[u8]) -> Result<(), ImportError>,
-    ) -> Result<u64, ImportError> {
+    fn relations(&self, range: HashRange, forks: &[ForkFiles], put: PutValue<'_>) -> Result<u64, ImportError> {
         let Import { pgdata, striping, .. } = self.import;
         let rules = PageRules { has_checksums: pgdata.has_checksums(), end_bound: pgdata.end_bound() };
         let mut reader = RelationReader::new(&pgdata.directory);
