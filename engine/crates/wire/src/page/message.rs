@@ -184,7 +184,7 @@ impl MetadataPiece<'_> {
 }
 
 /// Wants everything at and after `lsn` to stay readable for `seconds`. A reader that still needs it asks again, with
-/// the same or a later position; the one before is given up then. The connection's end does not end it.
+/// the same or a later position; the one before over this connection is given up then. The connection's end ends none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TakeLease {
     /// Above 0.
