@@ -132,3 +132,23 @@ fn a_new_log_is_held_for_the_archive_from_its_first_byte_on() {
     }
     assert!(store.segments().is_empty());
 }
+
+/// The bytes are safe with the others: a flipped bit on one disk does not hold the log there for ever.
+#[test]
+fn a_damaged_segment_is_archived_by_those_who_have_it_whole() {
+    let mut cluster = Cluster::new("archive-damage", Variant::default());
+    let mut writer = Writer::elect(&cluster, 1);
+    writer.commit(18 << 20);
+    let sealed = |path: PathBuf| fs::read(path).is_ok_and(|file| file[SEGMENT_BYTES as usize..][..8] != [0; 8]);
+    writer.run(|_| cluster.safekeepers.iter().all(|safekeeper| sealed(safekeeper.segment(START))));
+    let path = cluster.safekeepers[0].segment(START);
+    let mut file = fs::read(&path).unwrap();
+    file[9_000_000] ^= 0x10;
+    fs::write(&path, file).unwrap();
+    let store = Store::of(&mut cluster);
+    for safekeeper in &cluster.safekeepers {
+        until_archived(&mut writer, safekeeper, segment_start(1));
+    }
+    assert!(cluster.safekeepers[0].log_text().contains("is damaged"));
+    assert!(writer.wal[..SEGMENT_BYTES as usize] == *block_on(store.archive().get_segment(START)).unwrap());
+}
