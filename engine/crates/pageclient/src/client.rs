@@ -51,7 +51,7 @@ pub struct Metadata {
 /// A position that all shards keep.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Lease {
-    /// The position.
+    /// The position; the highest of the shards' when the newest was asked for, which the others have to reach.
     pub lsn: Lsn,
     /// From the request on; the lowest of the shards'.
     pub seconds: u32,
@@ -208,17 +208,21 @@ impl PageClient {
         }
     }
 
-    /// Makes all shards keep everything at and after `lsn` for `seconds`. Made again, it replaces the one before.
+    /// Makes all shards keep everything at and after `lsn` (or [`wire::page::NEWEST`]) for `seconds`, of which they may grant
+    /// less. Made again, it replaces the one before.
     ///
     /// # Errors
     /// One shard did not grant it; others may have, until it ends.
     pub async fn take_lease(&self, lsn: Lsn, seconds: u32, deadline: Instant) -> Result<Lease, PageError> {
         let answers = self.call_all(&Request::Lease { lsn, seconds }, &|| RequestName::Lease(lsn), deadline).await?;
-        let granted = answers.into_iter().map(|answer| match answer {
-            Answer::Lease { seconds } => seconds,
-            answer => unreachable!("{answer:?} was not gathered for a lease"),
-        });
-        Ok(Lease { lsn, seconds: granted.min().unwrap_or(0) })
+        let mut lease = Lease { lsn: Lsn::INVALID, seconds: u32::MAX };
+        for answer in answers {
+            let Answer::Lease { lsn, seconds } = answer else {
+                unreachable!("{answer:?} was not gathered for a lease")
+            };
+            lease = Lease { lsn: lease.lsn.max(lsn), seconds: lease.seconds.min(seconds) };
+        }
+        Ok(lease)
     }
 
     /// Hands in a file of PGDATA outside WAL; returns from which position on base backups have it. The writer's only.

@@ -104,7 +104,7 @@ impl fmt::Display for RequestName {
             }
             RequestName::Sizes(at) => write!(f, "read lengths as of {}", At(*at)),
             RequestName::Metadata(at) => write!(f, "read metadata as of {}", At(*at)),
-            RequestName::Lease(lsn) => write!(f, "take lease on {lsn}"),
+            RequestName::Lease(lsn) => write!(f, "take lease on {}", At(*lsn)),
             RequestName::Advisory(name) => write!(f, "hand in {name}"),
             RequestName::FindLsn(timestamp) => write!(f, "find position of time {timestamp} us"),
         }

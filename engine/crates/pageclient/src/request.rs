@@ -85,7 +85,7 @@ pub enum Answer {
     Pages { lsn: Lsn, bytes: Vec<u8> },
     Sizes { lsn: Lsn, entries: Vec<StripeLength> },
     Metadata { lsn: Lsn, values: Vec<(Key, Vec<u8>)> },
-    Lease { seconds: u32 },
+    Lease { lsn: Lsn, seconds: u32 },
     Advisory { lsn: Lsn },
     FindLsn { lsn: Lsn, commit_timestamp: i64 },
 }
@@ -142,7 +142,7 @@ impl Gather {
                 Err(error) => Gathered::Unfit(error.to_string()),
             },
             (Gather::Lease, PageMessage::LeaseGranted(lease)) => {
-                Gathered::Whole(Answer::Lease { seconds: lease.seconds })
+                Gathered::Whole(Answer::Lease { lsn: lease.lsn, seconds: lease.seconds })
             }
             (Gather::Advisory, PageMessage::AdvisoryTaken(taken)) => {
                 Gathered::Whole(Answer::Advisory { lsn: taken.lsn })

@@ -129,6 +129,8 @@ fn metadata_leases_files_and_times_go_where_they_belong() {
 
         let lease = client.take_lease(Lsn(0x800), 60, soon()).await;
         assert_eq!(Ok(Lease { lsn: Lsn(0x800), seconds: 57 }), lease, "the shortest of three");
+        let newest = client.take_lease(NEWEST, 60, soon()).await.expect("a lease");
+        assert_eq!(INGESTED.advance(24), newest.lsn, "what every shard keeps");
         assert_eq!(Ok(Lsn(1000)), client.put_advisory("pg_stat/pgstat.stat", &[7; 1000], soon()).await);
         assert_eq!(Ok((Lsn(0x900), 4999)), client.find_lsn(5000, soon()).await);
 

@@ -111,7 +111,11 @@ fn message() -> impl Strategy<Value = PageMessage<'static>> {
         get_pages().prop_map(PageMessage::GetPages),
         at().prop_map(|(id, at)| PageMessage::GetSizes(GetSizes { id, at })),
         at().prop_map(|(id, at)| PageMessage::GetMetadata(GetMetadata { id, at })),
-        lease().prop_map(|(id, lsn, seconds)| PageMessage::TakeLease(TakeLease { id, lsn, seconds })),
+        (id(), lsn_or_newest(), any::<u32>()).prop_map(|(id, lsn, seconds)| PageMessage::TakeLease(TakeLease {
+            id,
+            lsn,
+            seconds
+        })),
         lease().prop_map(|(id, lsn, seconds)| PageMessage::LeaseGranted(LeaseGranted { id, lsn, seconds })),
         (id(), any::<i64>()).prop_map(|(id, timestamp)| PageMessage::FindLsn(FindLsn { id, timestamp })),
         (id(), lsn(), any::<i64>()).prop_map(|(id, lsn, commit_timestamp)| PageMessage::LsnFound(LsnFound {

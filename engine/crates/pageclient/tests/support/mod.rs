@@ -136,7 +136,7 @@ impl Shard {
             }
             PageMessage::TakeLease(take) => {
                 let seconds = take.seconds - self.id;
-                put(&PageMessage::LeaseGranted(LeaseGranted { id: take.id, lsn: take.lsn, seconds }), out);
+                put(&PageMessage::LeaseGranted(LeaseGranted { id: take.id, lsn: at(take.lsn), seconds }), out);
             }
             PageMessage::PutAdvisory(file) => {
                 let lsn = Lsn(file.contents.len() as u64);

@@ -182,7 +182,7 @@ pub fn decode(frame: PageFrame<'_>) -> Result<PageMessage<'_>, WireError> {
         }),
         PageMessageType::TakeLease => PageMessage::TakeLease(TakeLease {
             id: take_id(&mut fields)?,
-            lsn: take_lsn(&mut fields, "lsn")?,
+            lsn: take_lsn_or_newest(&mut fields, "lsn")?,
             seconds: fields.u32("seconds")?,
         }),
         PageMessageType::PutAdvisory => {

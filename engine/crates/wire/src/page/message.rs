@@ -189,7 +189,7 @@ impl MetadataPiece<'_> {
 pub struct TakeLease {
     /// Above 0.
     pub id: u64,
-    /// The position.
+    /// The position, or [`NEWEST`]: the answer says which that is.
     pub lsn: Lsn,
     /// From now on.
     pub seconds: u32,
