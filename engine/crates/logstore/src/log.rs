@@ -556,6 +556,10 @@ impl Log {
         self.tick(now);
         let urgency = self.shards.register(shard, generation, self.oldest_lsn)?;
         self.shards_changed(urgency);
+        // An owner that comes back waits for its registration, too, and what it confirmed before may still be written lazily.
+        if !self.consumers_durable(self.consumers_version) {
+            self.control.demand();
+        }
         Ok(())
     }
 

@@ -242,8 +242,10 @@ async fn sizes(owner: &Owner, session: &Session, request: GetSizes) -> Result<()
     let entry =
         |of: StripeOf, length: u32| StripeLength { relation: of.relation, fork: of.fork, stripe: of.stripe, length };
     if owner.files.has_lost() {
-        // What ingest did not load is missing from it: the layers say whether something is.
+        // What ingest could not load is missing from it, or longer than it was: the layers say whether there is any.
         owner.keys_at(lsn, Wanted::StripeSizes, false).await.map_err(|fault| failure_of(&fault))?;
+        let unreadable: Vec<Key> = owner.unreadable.borrow().iter().copied().collect();
+        owner.values_of(&unreadable, lsn).await.map_err(|fault| failure_of(&fault))?;
     }
     if owner.applied() <= lsn {
         let ingest = owner.ingest.borrow();

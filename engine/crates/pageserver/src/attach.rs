@@ -2,9 +2,10 @@
 
 use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
-use layers::{Edit, LayerId, LayerMap, Manifest};
+use layers::{Edit, KeyKind, LayerId, LayerMap, Manifest};
+use pgtypes::Lsn;
 use remote_storage::{RemoteStorage, ShardError, ShardOwner, ShardStore};
-use shard::Ingest;
+use shard::{Ingest, StripeSize};
 
 use crate::{
     data_dir::DataDir,
@@ -205,11 +206,16 @@ async fn load_ingest(owner: &Owner) -> Result<(), StartError> {
         for some in keys.chunks(VALUES_AT_A_TIME) {
             let loads = some.iter().map(|key| async {
                 let value = until_read(owner, || owner.value(*key, lsn)).await?;
-                let bytes = match value {
-                    Some(shard::Rebuilt::Bytes(bytes)) => bytes,
+                let bytes = match (value, key.kind()) {
+                    (Some(shard::Rebuilt::Absent), _) => return Ok(()),
+                    (Some(shard::Rebuilt::Bytes(bytes)), _) => bytes,
                     // Of pages of SLRUs only the key counts.
-                    Some(shard::Rebuilt::Page(_)) => Vec::new(),
-                    Some(shard::Rebuilt::Absent) | None => return Ok(()),
+                    (_, Ok(KeyKind::Slru(..))) => Vec::new(),
+                    (_, Ok(KeyKind::StripeSize { .. })) => {
+                        owner.unreadable.borrow_mut().insert(*key);
+                        anything(owner).to_bytes()
+                    }
+                    _ => return Ok(()),
                 };
                 if let Err(error) = ingest.borrow_mut().load(*key, &bytes) {
                     owner.count_fault(&error);
@@ -220,7 +226,18 @@ async fn load_ingest(owner: &Owner) -> Result<(), StartError> {
         }
     }
     owner.ingest.replace(ingest.into_inner());
+    let state = owner.state.borrow();
+    let lost = owner.files.lost();
+    owner
+        .hold_uploads
+        .set(lost.keys().any(|layer| state.indexes().get(*layer).is_none() && state.is_needed(*layer, lsn)));
     Ok(())
+}
+
+/// What a stripe is taken for whose length cannot be read: as long as it can be, with all that ever was in it. Then a block of it is
+/// read as far down as the layer that is lost, and no record makes a length that would hide that.
+fn anything(owner: &Owner) -> StripeSize {
+    StripeSize { length: owner.striping.stripe_blocks, floor: Lsn::INVALID }
 }
 
 /// Reads for as long as object storage does not answer; `None` for what cannot be read for good, which is counted.

@@ -25,6 +25,7 @@ use shard::{Rebuilt, StripeSize, poison, rebuild, stripe_size_key_of};
 
 use crate::{
     data_dir::layer_path,
+    fault_point,
     flush::{LayerFileWriter, WriteError, ownership_lost},
     layer_files::LayerFault,
     metrics::ReasonLabels,
@@ -126,9 +127,10 @@ impl Owner {
         for layer in &removed {
             pins.push(self.files.pin(*layer).await?);
         }
-        // Everything that lies under the keys may be asked.
+        // Everything that lies under the keys may be asked, and under the lengths of their stripes, which come first in a hash.
+        let asked = KeyRange { begin: Key::first_of_hash(keys.begin.hash()), end: keys.end };
         let below: Vec<_> =
-            map.layers().filter(|layer| !layer.keys.intersection(&keys).is_empty()).map(|layer| layer.id).collect();
+            map.layers().filter(|layer| !layer.keys.intersection(&asked).is_empty()).map(|layer| layer.id).collect();
         for layer in &below {
             if self.state.borrow().indexes().index(*layer).is_none() {
                 match self.need_index(*layer).await {
@@ -178,6 +180,7 @@ impl Owner {
             seconds = driver::now().since(begun).as_secs_f64(),
             "compacted"
         );
+        fault_point::pass("compacted layers written");
         let done = self.replace(removed, made).await;
         if done {
             self.process.metrics.compactions.get_or_create(&ReasonLabels { reason: kind }).inc();
@@ -206,6 +209,7 @@ impl Owner {
                 return false;
             }
             self.files.set_uploaded(layer.id);
+            fault_point::pass("compacted layer uploaded");
         }
         let edit = Edit { remove: removed, add: made.iter().map(|(layer, _)| *layer).collect() };
         let indexes: Vec<_> = made.into_iter().map(|(layer, index)| (layer.id, index)).collect();
@@ -227,6 +231,7 @@ impl Owner {
         if !committed {
             return false;
         }
+        fault_point::pass("compaction in the manifest");
         if let Err(error) = self.state.borrow_mut().apply(&edit, &indexes) {
             self.fail(crate::start::StartError::Internal(format!("compacted layers do not fit: {error}")));
             return false;
@@ -236,6 +241,7 @@ impl Owner {
         }
         self.files.make_room(0);
         self.remove_objects(&edit.remove).await;
+        fault_point::pass("objects removed");
         self.process.metrics.collected.inc_by(edit.remove.len() as u64);
         self.moved.set();
         true

@@ -176,7 +176,8 @@ impl DataDir {
                     let bytes = fs::metadata(&path).map_err(io(&path, "stat"))?.len();
                     found.push((id, bytes));
                 }
-                None if name.ends_with(UNFINISHED) => fs::remove_file(&path).map_err(io(&path, "remove"))?,
+                // Being written, or with another ending being fetched.
+                None if is_unfinished(name) => fs::remove_file(&path).map_err(io(&path, "remove"))?,
                 None => {
                     let reason = "not a layer file: somebody else writes to this directory".to_owned();
                     return Err(DataDirError::Inconsistent { path, reason });
@@ -197,6 +198,12 @@ pub fn unfinished_path(directory: &Path, id: LayerId) -> PathBuf {
     let mut path = layer_path(directory, id).into_os_string();
     path.push(UNFINISHED);
     path.into()
+}
+
+/// Whether the name begins with that of a layer: whoever writes such a file gives it an ending of its own.
+fn is_unfinished(name: &str) -> bool {
+    let end = name.find(LAYER).map_or(0, |at| at + LAYER.len());
+    end < name.len() && layer_of_name(&name[..end]).is_some()
 }
 
 fn layer_of_name(name: &str) -> Option<LayerId> {
@@ -252,6 +259,11 @@ mod tests {
         assert_eq!(Some(id), layer_of_name(path.file_name().unwrap().to_str().unwrap()));
         for name in ["", "a.layer", "00000abc-7-1.layer", "+0000abc-0000000000000007-ffffffffffffffff.layer"] {
             assert_eq!(None, layer_of_name(name), "{name}");
+            assert!(!is_unfinished(name), "{name}");
+        }
+        for ending in [".unfinished", ".0123456789abcdef.incoming"] {
+            let name = format!("{}{ending}", path.file_name().unwrap().to_str().unwrap());
+            assert!(is_unfinished(&name) && layer_of_name(&name).is_none(), "{name}");
         }
     }
 }

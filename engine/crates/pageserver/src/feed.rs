@@ -5,7 +5,7 @@ use std::{cell::Cell, io, rc::Rc, time::Duration};
 
 use driver::{Closer, Connection, Writer};
 use filter::{Batch, WalFilter};
-use futures_util::future::Either;
+use futures_util::{StreamExt, future::Either, stream::FuturesUnordered};
 use identity::{Call, Caller, NotAllowed, Role};
 use pgtypes::{FrameSummary, Instant, Lsn};
 use remote_storage::{ARCHIVE_SEGMENT_BYTES, WalArchive};
@@ -158,18 +158,23 @@ pub async fn register(
     };
     let mut pause = PAUSE;
     loop {
-        let asked = config.safekeepers.iter().map(|safekeeper| announce(hello, &safekeeper.append, tls));
-        let answers = futures_util::future::join_all(asked).await;
-        for (answer, safekeeper) in answers.iter().zip(&config.safekeepers) {
+        let mut asked: FuturesUnordered<_> = config
+            .safekeepers
+            .iter()
+            .map(|safekeeper| async { (announce(hello, &safekeeper.append, tls).await, &safekeeper.append) })
+            .collect();
+        let mut known = 0;
+        // One that is slow or gone is not waited for.
+        while known < majority
+            && let Some((answer, address)) = asked.next().await
+        {
             match answer {
-                Err(FeedError::Refused(ErrorCode::StaleGeneration, text)) => {
-                    return Err(StartError::Superseded(text.clone()));
-                }
-                Err(error) => report(format!("{}: {error}", safekeeper.append)),
-                Ok(()) => {}
+                Err(FeedError::Refused(ErrorCode::StaleGeneration, text)) => return Err(StartError::Superseded(text)),
+                Err(error) => report(format!("{address}: {error}")),
+                Ok(()) => known += 1,
             }
         }
-        if answers.iter().filter(|answer| answer.is_ok()).count() >= majority {
+        if known >= majority {
             return Ok(());
         }
         if is_stopping() {

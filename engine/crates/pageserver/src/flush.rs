@@ -20,6 +20,7 @@ use remote_storage::ShardError;
 
 use crate::{
     data_dir::{layer_path, sync_directory, unfinished_path},
+    fault_point,
     owner::{Owner, Waiting},
     start::StartError,
     state::Frozen,
@@ -180,6 +181,7 @@ pub async fn write(owner: Rc<Owner>) {
         let (directory, end, of_thread) = (owner.files.directory().to_owned(), owner.keys().end, frozen.clone());
         match driver::unblock(move || write_frozen(&directory, &of_thread, identity, end)).await {
             Ok((layer, index)) => {
+                fault_point::pass("frozen layer written");
                 owner.files.add_written(&layer);
                 owner.waiting.borrow_mut().push_back(Waiting { layer, summary: frozen.summary });
                 let result = owner.state.borrow_mut().frozen_is_written(layer, Arc::new(index));
@@ -207,6 +209,10 @@ pub async fn write(owner: Rc<Owner>) {
 
 /// Uploads written layers and names them in the manifest, until the process ends.
 pub async fn upload(owner: Rc<Owner>) {
+    if owner.hold_uploads.get() {
+        let trouble = "lengths of relations are in a layer that is lost: put its object back, and restart the server";
+        return owner.report("nothing is made durable", &trouble);
+    }
     loop {
         let waiting = owner.moved.until(|| match owner.is_stopping() {
             true => Some(None),
@@ -216,6 +222,7 @@ pub async fn upload(owner: Rc<Owner>) {
         if !owner.upload_layer(layer.id, layer.file_bytes).await {
             return;
         }
+        fault_point::pass("frozen layer uploaded");
         let committed = owner
             .commit(|manifest| {
                 manifest.layers.push(layer);
@@ -225,6 +232,7 @@ pub async fn upload(owner: Rc<Owner>) {
         if !committed {
             return;
         }
+        fault_point::pass("frozen layer in the manifest");
         owner.files.set_uploaded(layer.id);
         owner.waiting.borrow_mut().pop_front();
         owner.files.make_room(0);

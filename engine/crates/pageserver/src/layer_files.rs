@@ -17,11 +17,7 @@ use driver::{Event, File, OpenOptions};
 use layers::{ByteRange, HEADER_BYTES, Index, LayerDescription, LayerError, LayerFile, LayerId, TRAILER_BYTES};
 use remote_storage::{ShardStore, StorageError};
 
-use crate::{
-    block_cache::BlockCache,
-    data_dir::{layer_path, unfinished_path},
-    metrics::Metrics,
-};
+use crate::{block_cache::BlockCache, data_dir::layer_path, metrics::Metrics};
 
 /// Unpacked blocks in memory.
 const BLOCK_CACHE_BYTES: usize = 64 << 20;
@@ -429,31 +425,23 @@ impl LayerFiles {
     async fn fetch(&self, layer: LayerId) -> Result<(), LayerFault> {
         let wanted = self.entries.borrow().get(&layer).map_or(0, |entry| entry.bytes);
         self.make_room(wanted);
-        let unfinished = unfinished_path(&self.directory, layer);
-        let result = self.store.get_layer(layer, &unfinished).await;
+        let path = layer_path(&self.directory, layer);
+        // It appears whole. Its directory is not synced: after a power loss the object is still there.
+        let result = self.store.get_layer(layer, &path).await;
         let mut entries = self.entries.borrow_mut();
         let Some(entry) = entries.get_mut(&layer) else {
             drop(entries);
             // Removed meanwhile: nobody needs it; what cannot be removed goes at the next start.
-            let _ = std::fs::remove_file(&unfinished);
+            let _ = std::fs::remove_file(&path);
             return Err(LayerFault::Gone(layer));
         };
         entry.is_fetched = false;
         match result {
-            Ok(_) => {
-                let path = layer_path(&self.directory, layer);
-                // Not synced: after a power loss the checksums tell, and the object is there.
-                match std::fs::rename(&unfinished, &path).and_then(|()| std::fs::metadata(&path)) {
-                    Ok(metadata) => {
-                        entry.is_local = true;
-                        drop(entries);
-                        self.count_local(metadata.len() as i64);
-                        Ok(())
-                    }
-                    Err(error) => {
-                        Err(LayerFault::Unavailable { layer, cause: format!("local file cannot be kept: {error}") })
-                    }
-                }
+            Ok(bytes) => {
+                entry.is_local = true;
+                drop(entries);
+                self.count_local(bytes as i64);
+                Ok(())
             }
             Err(error) => {
                 drop(entries);

@@ -12,6 +12,7 @@ mod commit_times;
 mod compaction;
 pub mod config;
 mod data_dir;
+mod fault_point;
 mod feed;
 mod flush;
 mod ingest;

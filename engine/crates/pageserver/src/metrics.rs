@@ -25,6 +25,12 @@ pub struct ReasonLabels {
     pub reason: &'static str,
 }
 
+/// What was asked of object storage.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OperationLabels {
+    operation: &'static str,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DriverLabels {
     driver: &'static str,
@@ -87,8 +93,16 @@ pub struct Metrics {
     pub uploaded_bytes: Counter,
     /// Time of an upload.
     pub upload_seconds: Histogram,
-    /// Calls of object storage that failed and are tried again.
+    /// Work with object storage that failed in all attempts of a call, and is begun again.
     pub storage_retries: Counter,
+    /// Calls of object storage that ended, by operation.
+    pub storage_calls: Family<OperationLabels, Counter>,
+    /// Those that failed.
+    pub storage_failures: Family<OperationLabels, Counter>,
+    /// Attempts beyond the first of a call.
+    pub storage_attempts: Family<OperationLabels, Counter>,
+    /// Bytes of objects that were transferred.
+    pub storage_bytes: Family<OperationLabels, Counter>,
     /// Layers in the map.
     pub layers: Gauge,
     /// Compactions done, by kind.
@@ -131,6 +145,10 @@ impl Metrics {
             uploaded_bytes: Counter::default(),
             upload_seconds: Histogram::new(UPLOAD_BUCKETS),
             storage_retries: Counter::default(),
+            storage_calls: Family::default(),
+            storage_failures: Family::default(),
+            storage_attempts: Family::default(),
+            storage_bytes: Family::default(),
             layers: Gauge::default(),
             compactions: Family::default(),
             collected: Counter::default(),
@@ -192,10 +210,39 @@ impl Metrics {
         registry.register_with_unit("uploaded", "Layers uploaded", Unit::Bytes, self.uploaded_bytes.clone());
         registry.register_with_unit("upload", "Time of an upload", Unit::Seconds, self.upload_seconds.clone());
         registry.register("storage_retries", "Work with object storage begun again", self.storage_retries.clone());
+        registry.register("storage_calls", "Calls of object storage", self.storage_calls.clone());
+        registry.register("storage_failures", "Calls of object storage that failed", self.storage_failures.clone());
+        registry.register(
+            "storage_attempts",
+            "Attempts beyond the first of a call of object storage",
+            self.storage_attempts.clone(),
+        );
+        registry.register_with_unit(
+            "storage",
+            "Transferred from and to object storage",
+            Unit::Bytes,
+            self.storage_bytes.clone(),
+        );
         registry.register("layers", "Layers in the map", self.layers.clone());
         registry.register("compactions", "Compactions done, by kind", self.compactions.clone());
         registry.register("collected", "Layers removed", self.collected.clone());
         registry.register("io_driver", "1 for the way in which I/O reaches the kernel", self.driver.clone());
+    }
+
+    /// Brings the figures of object storage up to date, which only rise.
+    pub fn show_storage(&self, storage: &remote_storage::Metrics) {
+        for now in storage.snapshot() {
+            let labels = OperationLabels { operation: now.operation.name() };
+            for (family, value) in [
+                (&self.storage_calls, now.calls),
+                (&self.storage_failures, now.failures),
+                (&self.storage_attempts, now.retries),
+                (&self.storage_bytes, now.bytes),
+            ] {
+                let counter = family.get_or_create(&labels);
+                counter.inc_by(value.saturating_sub(counter.get()));
+            }
+        }
     }
 
     /// Says how I/O reaches the kernel.

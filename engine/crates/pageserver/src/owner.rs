@@ -6,7 +6,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
 };
@@ -80,6 +80,10 @@ pub struct Owner {
     pub advisories: RefCell<BTreeMap<Key, Vec<u8>>>,
     /// Where the map ended when ingest was loaded: lengths that a lost layer hides were not loaded.
     pub attached_at: Lsn,
+    /// Stripes whose length is in a lost layer.
+    pub unreadable: RefCell<BTreeSet<Key>>,
+    /// Not even which lengths a lost layer had is known: what ingest makes of such stripes must not become durable.
+    pub hold_uploads: Cell<bool>,
     position: Cell<FrameSummary>,
     applied: Cell<Lsn>,
     commit_lsn: Cell<Lsn>,
@@ -134,6 +138,8 @@ impl Owner {
             ingest: RefCell::new(Ingest::new(striping, process.config.range())),
             leases: RefCell::new(Leases::new(driver::now(), retention.lease_period)),
             attached_at: manifest.through.record_end,
+            unreadable: RefCell::default(),
+            hold_uploads: Cell::new(false),
             position: Cell::new(manifest.through),
             applied: Cell::new(manifest.through.record_end),
             commit_lsn: Cell::new(manifest.through.record_end),
@@ -309,6 +315,7 @@ impl Owner {
         metrics.backlog_bytes.set(self.backlog_bytes());
         metrics.memory_bytes.set(self.state.borrow().memory_bytes());
         metrics.horizon_lsn.set(self.horizon().0 as i64);
+        metrics.show_storage(self.store.storage().metrics());
     }
 
     /// Counts a record that ingest could not follow, and logs it.

@@ -210,6 +210,21 @@ impl State {
         Ok(chain)
     }
 
+    /// Whether a read at `lsn` may need the layer: no newer images answer for all of its keys.
+    pub fn is_needed(&self, layer: LayerId, lsn: Lsn) -> bool {
+        let images = self.images_at(lsn);
+        let keys = |layer: &LayerDescription| layer.keys.intersection(&self.map.keys());
+        self.map.layer(layer).is_some_and(|layer| !is_hidden(layer, keys(layer), &images))
+    }
+
+    /// Image layers up to `lsn`, in the order of keys.
+    fn images_at(&self, lsn: Lsn) -> Vec<&LayerDescription> {
+        let is_image = |layer: &&LayerDescription| layer.kind == LayerKind::Image && layer.lsns.through <= lsn;
+        let mut images: Vec<_> = self.map.layers().filter(is_image).collect();
+        images.sort_by_key(|image| image.keys.begin);
+        images
+    }
+
     /// Keys of `keys` that may have a value at `lsn`: every one that a layer names which a newer image does not hide.
     /// Layers that `skip` names are left out.
     ///
@@ -230,9 +245,7 @@ impl State {
                 found.extend(here.filter(|key| keys.contains(*key) && wanted.has(*key)));
             }
         }
-        let mut images: Vec<_> =
-            self.map.layers().filter(|l| l.kind == LayerKind::Image && l.lsns.through <= lsn).collect();
-        images.sort_by_key(|image| image.keys.begin);
+        let images = self.images_at(lsn);
         for layer in self.map.layers() {
             let mine = layer.keys.intersection(&keys);
             let is_later = match layer.kind {
