@@ -116,17 +116,18 @@ fn send(cache: &Rc<Cache>, group: Group) {
 }
 
 async fn fill(cache: Rc<Cache>, Group(requests): Group) {
-    let deadline = driver::now().after(cache.setup.config.fill_timeout);
+    let began = driver::now();
+    let deadline = began.after(cache.setup.config.fill_timeout);
     if let Err(error) = fetch(&cache, &requests, deadline).await {
         if is_of_one_page(&error) && requests.len() > 1 {
             // The others need not suffer for it.
             for request in &requests {
                 if let Err(error) = fetch(&cache, std::slice::from_ref(request), deadline).await {
-                    fail(&cache, std::slice::from_ref(request), &error);
+                    fail(&cache, std::slice::from_ref(request), &error, began);
                 }
             }
         } else {
-            fail(&cache, &requests, &error);
+            fail(&cache, &requests, &error, began);
         }
     }
     cache.filling.set(cache.filling.get() - requests.len() as u32);
@@ -204,7 +205,7 @@ fn is_of_one_page(error: &PageError) -> bool {
     matches!(error.cause, Cause::Server { code: Poisoned | LayerLost | NoSuchBlock | BelowHorizon | Internal, .. })
 }
 
-fn fail(cache: &Cache, requests: &[FillRequest], error: &PageError) {
+fn fail(cache: &Cache, requests: &[FillRequest], error: &PageError, began: Instant) {
     if cache.ended.get() {
         return;
     }
@@ -219,7 +220,7 @@ fn fail(cache: &Cache, requests: &[FillRequest], error: &PageError) {
             let read = Group::read(requests, map.commit_lsn());
             cache.outages.borrow_mut().note_lost(&read, error);
         }
-        _ => cache.outages.borrow_mut().note_silence(error, requests.len() as u32, driver::now()),
+        _ => cache.outages.borrow_mut().note_silence(error, requests.len() as u32, began),
     }
     requests.iter().for_each(|request| map.fail_fill(request, &Futex));
 }

@@ -38,11 +38,11 @@ impl Outages {
         }
     }
 
-    /// A read failed because its shard does not answer as it should.
-    pub fn note_silence(&mut self, error: &PageError, blocks: u32, now: Instant) {
+    /// A read that began at `began` failed because its shard does not answer as it should.
+    pub fn note_silence(&mut self, error: &PageError, blocks: u32, began: Instant) {
         let outage = self.silent.entry(error.shard).or_insert_with(|| {
             tracing::error!(shard = error.shard.0, "reads of PostgreSQL fail: {error}");
-            Outage { since: now, failed_blocks: 0 }
+            Outage { since: began, failed_blocks: 0 }
         });
         outage.failed_blocks += u64::from(blocks);
     }
