@@ -1,7 +1,9 @@
 //! The append and the page protocol, and PostgreSQL's as followers speak it.
 
 use wire::{
-    append::{Frame, FrameReader, FrameType, MessageType, WireError, decode, encode_to_vec},
+    append::{
+        BatchAssembler, BatchFrames, Frame, FrameReader, FrameType, MessageType, WireError, decode, encode_to_vec,
+    },
     page::{self, MetadataJoin, PageFrame, PageFrameReader, PageMessage, PageMessageType},
     postgres::{
         FrontendMessage, MAX_MESSAGE_BYTES, MessageReader, StartupMessage, decode_copy, options_setting, parse_command,
@@ -48,6 +50,39 @@ pub fn fuzz_append_stream(data: &[u8]) {
         (frames, None)
     };
     assert_eq!(read(stream.len().max(1)), read(usize::from(*cut) + 1));
+}
+
+/// Messages of a feed, each as type (1 byte), length (2 bytes), body.
+///
+/// Rule: a batch that is put together is sent in frames that give the same batch.
+pub fn fuzz_feed(data: &[u8]) {
+    let (mut assembler, mut rest) = (BatchAssembler::new(), data);
+    while let Some(([kind, low, high], behind)) = rest.split_first_chunk::<3>() {
+        let length = usize::from(u16::from_le_bytes([*low, *high])).min(behind.len());
+        let (body, behind) = behind.split_at(length);
+        rest = behind;
+        let message = match kind % 3 {
+            0 => MessageType::FeedBatch,
+            1 => MessageType::FeedItems,
+            _ => MessageType::FeedProgress,
+        };
+        let Ok(message) = decode(Frame { message, body }) else { return };
+        match assembler.take(&message) {
+            Ok(Some(batch)) => {
+                let (mut frames, mut again) = (BatchFrames::new(batch.clone()), BatchAssembler::new());
+                let mut reader = FrameReader::new();
+                let mut found = None;
+                while let Some(frame) = frames.next_frame().expect("what was accepted can be sent") {
+                    reader.feed(&frame);
+                    let frame = reader.next().expect("our own header").expect("a whole frame");
+                    found = again.take(&decode(frame).expect("our own body")).expect("our own pieces");
+                }
+                assert_eq!(Some(batch), found);
+            }
+            Ok(None) => {}
+            Err(_) => return,
+        }
+    }
 }
 
 /// First byte: the type of a message of the page protocol. The rest is its body.

@@ -65,7 +65,7 @@ pub enum MessageType {
 }
 
 impl MessageType {
-    /// Every type, for tests and fuzzing.
+    /// Every type, for tests and fuzzing, the inputs of which count on the order: new ones come last.
     pub const ALL: [MessageType; 18] = [
         MessageType::Hello,
         MessageType::Vote,
@@ -74,7 +74,6 @@ impl MessageType {
         MessageType::CatchUp,
         MessageType::FetchWal,
         MessageType::AskBallot,
-        MessageType::FeedProgress,
         MessageType::Status,
         MessageType::Voted,
         MessageType::ElectedAccepted,
@@ -82,9 +81,10 @@ impl MessageType {
         MessageType::Refused,
         MessageType::WalData,
         MessageType::BallotAnswer,
+        MessageType::Error,
+        MessageType::FeedProgress,
         MessageType::FeedBatch,
         MessageType::FeedItems,
-        MessageType::Error,
     ];
 
     /// Largest body that a frame of this type may have.

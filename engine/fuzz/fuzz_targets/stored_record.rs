@@ -1,0 +1,3 @@
+//! See `lakebase_fuzz::fuzz_stored_record`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| lakebase_fuzz::fuzz_stored_record(data));
