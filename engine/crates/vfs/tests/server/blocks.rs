@@ -323,6 +323,52 @@ fn horizon_covers_changes_that_the_page_does_not_show() {
     assert_eq!(Kind::Present, pages.map.kind_of(file, 0));
 }
 
+/// Finding A1, experiment E1. VACUUM marks a page as all-visible without moving the LSN in it, and marks it in the
+/// visibility map. The page is evicted, and comes back. Without the mark the next DELETE does not clear the map, and
+/// index-only scans return the deleted row for ever. Returns what such a scan finds.
+fn index_only_trap(trusts_page_lsn: bool) -> String {
+    let mut server = Cluster::new("trap", ROLE_WRITER).start();
+    let mut client = server.connect();
+    client.query("CREATE TABLE t (id int); CREATE INDEX t_id ON t (id)");
+    client.query("CREATE EXTENSION pg_buffercache");
+    drop(client);
+    server.stop();
+    // With checksums or wal_log_hints the LSN would move.
+    crate::cluster::run(
+        command(programs().join("pg_checksums")).args(["--disable", "--no-sync", "-D"]).arg(server.cluster.pgdata()),
+    );
+    let options = Options { commit_lsn: u64::MAX, trusts_page_lsn, ..Options::default() };
+    let pages = Pages::attach(&mut server.cluster, options);
+    let server = server.restart();
+    let mut client = server.connect();
+    let key = file_of(&mut client, "t");
+    let file = pages.map.find_file(&key, &crate::pages::Futexes).unwrap();
+    let mut evict = |client: &mut Client| {
+        client.query("CHECKPOINT");
+        client.query(&format!(
+            "SELECT pg_buffercache_evict(bufferid) FROM pg_buffercache WHERE relfilenode = {} AND relforknumber = 0",
+            key.relation
+        ));
+        pages.empty(|| pages.map.kind_of(file, 0) == Kind::Absent);
+    };
+    client.query("INSERT INTO t SELECT n FROM generate_series(1, 100) n");
+    client.query("SELECT count(*) FROM t");
+    evict(&mut client);
+    client.query("VACUUM t");
+    evict(&mut client);
+    client.query("DELETE FROM t WHERE id = 7");
+    client.query("SET enable_seqscan = off; SET enable_bitmapscan = off");
+    let plan: String = client.query("EXPLAIN SELECT id FROM t WHERE id = 7").concat().concat();
+    assert!(plan.contains("Index Only Scan"), "{plan}");
+    client.value("SELECT count(id) FROM t WHERE id = 7")
+}
+
+#[test]
+fn deleted_rows_stay_deleted_for_index_only_scans() {
+    assert_eq!("0", index_only_trap(false));
+    assert_eq!("1", index_only_trap(true), "the trap no longer catches anybody: this test looks at nothing");
+}
+
 /// A page that was never logged stays until it is written again.
 #[test]
 fn pages_in_no_wal_are_pinned() {

@@ -1,6 +1,7 @@
 //! The agent's side of the block map, with a copy of PGDATA in the place of the page service.
 //!
-//! What it evicts it keeps: so its source holds every version that it may be asked for. The library's own eviction
+//! What it evicts it keeps, and it serves the oldest version that a request allows, as a page server that lags would. So
+//! its source holds every version that it may be asked for. The library's own eviction
 //! (`evict=always`) asks nobody, so with it only blocks that were never written may go: the commit position stays below
 //! every horizon but the base's.
 
@@ -42,17 +43,20 @@ pub struct Options {
     pub present_max: u64,
     /// Blocks that are brought unasked after each one asked for.
     pub read_ahead: u32,
+    /// A mistake (finding A1): what a page must hold is told by the LSN in it, not by the horizon.
+    pub trusts_page_lsn: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { commit_lsn: BASE, evict_always: false, present_max: u64::MAX, read_ahead: 0 }
+        Options { commit_lsn: BASE, evict_always: false, present_max: u64::MAX, read_ahead: 0, trusts_page_lsn: false }
     }
 }
 
 /// What the test may change while it runs.
 #[derive(Default)]
 struct Control {
+    empties: AtomicBool,
     holds: AtomicBool,
     fails: AtomicBool,
     stops: AtomicBool,
@@ -133,6 +137,7 @@ impl Pages {
             doorbell: doorbell.clone(),
             present_max: options.present_max,
             read_ahead: options.read_ahead,
+            trusts_page_lsn: options.trusts_page_lsn,
             hand: ClockHand::default(),
         };
         let thread = std::thread::spawn(move || server.run());
@@ -147,6 +152,13 @@ impl Pages {
     /// Whether every fill fails.
     pub fn fail(&self, fails: bool) {
         self.control.fails.store(fails, SeqCst);
+    }
+
+    /// Evicts whatever may be evicted, while `condition` does not hold.
+    pub fn empty(&self, condition: impl FnMut() -> bool) {
+        self.control.empties.store(true, SeqCst);
+        assert!(crate::within(crate::PATIENCE, condition));
+        self.control.empties.store(false, SeqCst);
     }
 
     pub fn counters(&self) -> Counters {
@@ -221,16 +233,31 @@ fn empty(map: &BlockMap, pgdata: &Path, key: FileKey, path: &Path, unlogged: &[F
     map.add_file(key, (length / BLOCK_BYTES) as u32, false, &Futexes).unwrap();
 }
 
+/// A page as it was when it was evicted, with the position that tells how young it is.
+struct Version {
+    position: u64,
+    page: Vec<u8>,
+}
+
+/// Versions of a block that are kept.
+const VERSIONS_MAX: usize = 4;
+
+fn page_lsn(page: &[u8]) -> u64 {
+    let word = |at: usize| u64::from(u32::from_ne_bytes(page[at..at + 4].try_into().unwrap()));
+    word(0) << 32 | word(4)
+}
+
 /// The thread that answers.
 struct Server {
     map: BlockMap<'static>,
     pgdata: PathBuf,
     source: PathBuf,
-    kept: HashMap<(FileKey, u32), Vec<u8>>,
+    kept: HashMap<(FileKey, u32), Vec<Version>>,
     control: Arc<Control>,
     doorbell: Arc<OwnedFd>,
     present_max: u64,
     read_ahead: u32,
+    trusts_page_lsn: bool,
     hand: ClockHand,
 }
 
@@ -266,7 +293,7 @@ impl Server {
             self.map.fail_fill(request, &Futexes);
             return;
         }
-        let page = self.page(&request.key, request.block);
+        let page = self.page(request);
         if self.map.begin_fill_write(request) {
             let file = File::options().write(true).open(self.pgdata.join(path_of(&request.key))).unwrap();
             file.write_all_at(&page, u64::from(request.block) * BLOCK_BYTES).unwrap();
@@ -274,9 +301,13 @@ impl Server {
         }
     }
 
-    fn page(&self, key: &FileKey, block: u32) -> Vec<u8> {
-        if let Some(page) = self.kept.get(&(*key, block)) {
-            return page.clone();
+    fn page(&self, request: &FillRequest) -> Vec<u8> {
+        let (key, block) = (&request.key, request.block);
+        if let Some(versions) = self.kept.get(&(*key, block)) {
+            let newest = versions.last().unwrap();
+            let wanted = if self.trusts_page_lsn { newest.position } else { request.horizon };
+            // Neighbours raise the horizon, too: then the newest is all that there is.
+            return versions.iter().find(|version| version.position >= wanted).unwrap_or(newest).page.clone();
         }
         let mut page = vec![0; BLOCK_BYTES as usize];
         let file = File::open(self.source.join(path_of(key)));
@@ -289,7 +320,8 @@ impl Server {
     }
 
     fn evict(&mut self) {
-        while self.map.present_blocks() > self.present_max {
+        let limit = if self.control.empties.load(SeqCst) { 0 } else { self.present_max };
+        while self.map.present_blocks() > limit {
             let Some(mut candidate) = self.map.next_candidate(&mut self.hand, true) else { return };
             while let Some(run) = self.map.begin_evict(&mut candidate, &Futexes) {
                 let punched = self.punch(&run);
@@ -304,7 +336,13 @@ impl Server {
         for block in run.first_block..run.first_block + run.blocks {
             let mut page = vec![0; BLOCK_BYTES as usize];
             file.read_exact_at(&mut page, u64::from(block) * BLOCK_BYTES).unwrap();
-            self.kept.insert((run.key, block), page);
+            let horizon = self.map.horizon_of(run.file, block);
+            let position = if self.trusts_page_lsn { page_lsn(&page) } else { horizon };
+            let versions = self.kept.entry((run.key, block)).or_default();
+            versions.push(Version { position, page });
+            if versions.len() > VERSIONS_MAX {
+                versions.remove(0);
+            }
         }
         let (offset, length) = (u64::from(run.first_block) * BLOCK_BYTES, u64::from(run.blocks) * BLOCK_BYTES);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
