@@ -343,7 +343,7 @@ fn index_only_trap(trusts_page_lsn: bool) -> String {
     let mut client = server.connect();
     let key = file_of(&mut client, "t");
     let file = pages.map.find_file(&key, &crate::pages::Futexes).unwrap();
-    let mut evict = |client: &mut Client| {
+    let evict = |client: &mut Client| {
         client.query("CHECKPOINT");
         client.query(&format!(
             "SELECT pg_buffercache_evict(bufferid) FROM pg_buffercache WHERE relfilenode = {} AND relforknumber = 0",
