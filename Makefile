@@ -56,7 +56,7 @@ bench: ## Ratios against real references, as a table and in build/bench/ (ONLY="
 	@$(MAKE) build PROFILE=release
 	@$(WITH_ENV) PYTHONPATH=tests python -m bench $(ONLY)
 
-soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards, consensus to its full bounds, ten minutes of chaos, 200 fenced reads
+soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards, 1.5 GB imported and exported, consensus to its full bounds, ten minutes of chaos, 200 fenced reads
 	@$(MAKE) build PROFILE=release
 	@rm -rf build/regress-wal
 	@$(WITH_ENV) tests/wal/regress_wal.sh build/regress-wal
@@ -64,6 +64,8 @@ soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards
 	@$(WITH_ENV) cd engine && $(CARGO) test --release -p redo --features suites --test consistency
 	@$(WITH_ENV) cd engine && $(CARGO) test --release -p shard --features suites --test whole_server
 	$(ENGINE) LAKEBASE_EXHAUSTIVE=full $(CARGO) test --release -p consensus --test exhaustive -- --nocapture
+	@$(WITH_ENV) PYTHONPATH=tests LAKEBASE_TRANSFER_SCALE=100 pytest -c operator/pyproject.toml --rootdir operator -v \
+	  tests/integration/test_import_export.py -k comes_out
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --seconds 600
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos.fenced_reads --repetitions 200
 

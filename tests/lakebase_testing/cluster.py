@@ -444,6 +444,8 @@ class LocalCluster:
             *self.log_arguments(), "--shards", str(settings.shards), "--stripe-blocks", str(settings.stripe_blocks),
             tls=False, timeout_seconds=600,
         )  # fmt: skip
+        if self.user is not None and is_root() and settings.object_storage == "file":
+            subprocess.run(["chown", "-R", f"{self.user}:", str(self.directory / "objects")], check=True)
 
     def export(self, target: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Writes the database to an ordinary PGDATA, which belongs to PostgreSQL's user; returns status and output."""
