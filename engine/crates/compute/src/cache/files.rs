@@ -67,6 +67,11 @@ impl OpenFiles {
         self.open.insert(file, open.clone());
         Ok(open)
     }
+
+    /// Closes files that are not in the map any more: their room is given back only then.
+    pub fn close_gone(&mut self, is_current: impl Fn(FileRef) -> bool) {
+        self.open.retain(|file, _| is_current(*file));
+    }
 }
 
 /// Gives the room of `count` blocks from `first` on back to the file system; the file keeps its length and reads zeros there.
@@ -143,6 +148,9 @@ mod tests {
         let other = files.get(FileRef { slot: 1, incarnation: 3 }, &key).expect("opened");
         other.write_all_at(&[2], 0).expect("written");
         assert_eq!(vec![2], std::fs::read(&path).expect("read"));
+        assert_eq!(2, files.open.len());
+        files.close_gone(|file| file.incarnation == 3);
+        assert_eq!(1, files.open.len());
         assert!(available_bytes(&directory).expect("asked") > 0);
         std::fs::remove_dir_all(directory).expect("removed");
     }

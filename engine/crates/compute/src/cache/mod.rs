@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// How often lag is looked at: page servers report every 100 ms.
-const LAG_INTERVAL: Duration = Duration::from_millis(50);
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What a cache is started with.
 pub struct CacheSetup {
@@ -95,7 +95,7 @@ impl Cache {
         });
         driver::spawn(fills::serve(cache.clone()));
         driver::spawn(eviction::keep_room(cache.clone()));
-        driver::spawn(watch_lag(cache.clone()));
+        driver::spawn(watch(cache.clone()));
         cache
     }
 
@@ -122,9 +122,10 @@ impl Cache {
     }
 }
 
-/// Slows PostgreSQL's flushes in proportion to the lag of the page service.
-async fn watch_lag(cache: Rc<Cache>) {
-    let CacheSetup { area, view, backpressure, .. } = &cache.setup;
+/// What has to be looked at now and then: the lag of the page service, which slows PostgreSQL's flushes; whether the term is
+/// over, which a page server may say while nothing is read; files that PostgreSQL has removed.
+async fn watch(cache: Rc<Cache>) {
+    let CacheSetup { blocks, area, view, backpressure, .. } = &cache.setup;
     loop {
         // Before all shards were reached nothing is known, and nothing is slowed: a start must not depend on it.
         if let Some(progress) = cache.client.progress() {
@@ -133,7 +134,11 @@ async fn watch_lag(cache: Rc<Cache>) {
             area.delay_flushes(delay);
             view.set_lag(lag, delay);
         }
-        if cache.rest(LAG_INTERVAL).await {
+        if let Some(text) = cache.client.term_over() {
+            cache.note_stale_term(&text);
+        }
+        cache.files.borrow_mut().close_gone(|file| blocks.map().is_current(file));
+        if cache.rest(WATCH_INTERVAL).await {
             return;
         }
     }
