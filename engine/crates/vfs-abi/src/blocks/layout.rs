@@ -19,7 +19,7 @@ pub const FILE_BLOCKS_MAX: u32 = FILE_CHUNKS * CHUNK_BLOCKS;
 /// Requests that may be under way to the agent; a power of two. At the bound reads wait and prefetches are dropped.
 pub const RING_ENTRIES: u32 = if cfg!(feature = "loom") { 4 } else { 4096 };
 /// Counters of hits, each on a line of its own, since every read of every process adds to one.
-pub const HIT_LANES: usize = if cfg!(feature = "loom") { 1 } else { 16 };
+pub const HIT_LANES: usize = if cfg!(feature = "loom") { 2 } else { 16 };
 
 /// Extents of a chunk.
 pub const CHUNK_EXTENTS: u32 = CHUNK_BLOCKS / EXTENT_BLOCKS;
