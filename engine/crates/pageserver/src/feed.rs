@@ -16,7 +16,7 @@ use wire::append::{
 use crate::{ingest::IngestError, owner::Owner, start::StartError};
 
 /// Connecting, the TLS handshake, and the first batch each end after this.
-const STEP_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const STEP_LIMIT: Duration = Duration::from_secs(5);
 
 /// A safekeeper speaks at least five times a second; one that was silent for so long is left.
 const SILENCE_LIMIT: Duration = Duration::from_secs(3);
@@ -208,7 +208,7 @@ async fn announce(hello: Hello, address: &str, tls: Option<&identity::Tls>) -> R
     driver::timeout(STEP_LIMIT, attempt).await.unwrap_or(Err(FeedError::Silent))
 }
 
-async fn open(hello: Hello, address: &str, tls: Option<&identity::Tls>) -> Result<Connection, FeedError> {
+pub(crate) async fn open(hello: Hello, address: &str, tls: Option<&identity::Tls>) -> Result<Connection, FeedError> {
     let mut connection = driver::connect(address, STEP_LIMIT).await?;
     if let Some(tls) = tls {
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);

@@ -21,6 +21,7 @@ mod metrics;
 mod outbox;
 mod owner;
 mod process;
+mod progress;
 mod read;
 mod routes;
 mod server;

@@ -24,7 +24,7 @@ use crate::{
     metrics::Metrics,
     owner::Owner,
     process::{JOBS_MAX, Job, Process},
-    routes, server,
+    progress, routes, server,
 };
 
 /// How long an ending process waits for its connections to send their last message.
@@ -156,6 +156,7 @@ async fn serve(
     let listener = Listener::attach(pages).map_err(doing("page port"))?;
     driver::spawn(server::accept(owner.clone(), listener));
     driver::spawn(feed::follow(owner.clone()));
+    driver::spawn(progress::tell_others(owner.clone()));
     driver::spawn(flush::watch_age(owner.clone()));
     driver::spawn(flush::write(owner.clone()));
     driver::spawn(flush::upload(owner.clone()));
