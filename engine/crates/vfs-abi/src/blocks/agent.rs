@@ -24,7 +24,8 @@ pub struct FillRequest {
     pub key: FileKey,
     /// Number of the block in its file; `key.segment` x 131,072 more is that of PostgreSQL.
     pub block: u32,
-    /// `not_modified_since`: at or above every change of the block that this compute has made and evicted.
+    /// `not_modified_since`: at or above every change of the block that this compute has made and evicted, and committed:
+    /// nobody has to wait for WAL of neighbours in the extent that were written since.
     pub horizon: u64,
     /// Nobody waits for it.
     pub prefetch: bool,
@@ -88,7 +89,7 @@ impl<'a> BlockMap<'a> {
             let file = FileRef { slot: entry.slot, incarnation: entry.incarnation };
             let key = self.key_of(entry.slot);
             let index = entry.block % CHUNK_BLOCKS;
-            let horizon = self.horizon(entry.chunk, index / EXTENT_BLOCKS).load(SeqCst);
+            let horizon = self.horizon_to_ask_for(entry.chunk, index);
             // Last: while the claim stands, the chunk is its file's, and what was read above is true.
             if self.chunk_block(entry.chunk, index).load(SeqCst) == Word::of(Kind::Filling, entry.version).0 {
                 return Some(FillRequest {
@@ -103,6 +104,14 @@ impl<'a> BlockMap<'a> {
             }
         }
         None
+    }
+
+    /// What a page of an absent block must hold. The extent's horizon may have risen since by writes of other blocks, up to
+    /// WAL that is not committed, and for which a reader must not wait: its own transaction may have to go on first. What
+    /// was evicted was committed, so nothing above `commit_lsn` is in this block.
+    fn horizon_to_ask_for(&self, chunk: u32, index: u32) -> u64 {
+        let horizon = self.horizon(chunk, index / EXTENT_BLOCKS).load(SeqCst);
+        horizon.min(self.commit_lsn().max(self.base_horizon()))
     }
 
     /// Announces that the agent goes to sleep on the doorbell. False: a request is there, it must not sleep.
@@ -135,7 +144,7 @@ impl<'a> BlockMap<'a> {
         }
         let ahead = FillRequest {
             block,
-            horizon: self.horizon(request.chunk, block % CHUNK_BLOCKS / EXTENT_BLOCKS).load(SeqCst),
+            horizon: self.horizon_to_ask_for(request.chunk, block % CHUNK_BLOCKS),
             prefetch: true,
             version: claimed.version(),
             ..*request
