@@ -53,6 +53,28 @@ fn a_generation_is_claimed_once_and_never_below_another() {
     }
 }
 
+/// An owner that restarts with its disk goes on, unless a newer one came; a manifest of its earlier life that arrives late
+/// is not written over.
+#[test]
+fn a_restarted_owner_goes_on_with_its_claim_and_meets_its_earlier_life() {
+    let (_scratch, urls) = stores();
+    for url in urls {
+        let store = shard(&url);
+        let again = |generation| block_on(store.claim_again(ShardGeneration(generation)));
+        assert!(matches!(again(1), Err(ShardError::NotOwner { .. })), "nobody claimed it");
+        let earlier = claim(&store, 1).unwrap();
+        block_on(earlier.put_manifest(&manifest(1, 1, []))).unwrap();
+        let owner = again(1).unwrap();
+        let late = manifest(1, 2, [layer_id(1, 7)]);
+        block_on(earlier.put_manifest(&late)).unwrap();
+        let put = block_on(owner.put_manifest(&manifest(1, 2, [layer_id(1, 8)])));
+        assert!(matches!(put, Err(ShardError::NotOwner { .. })), "{put:?}");
+        assert_eq!(Some(late), block_on(again(1).unwrap().newest_manifest()).unwrap());
+        claim(&store, 2).unwrap();
+        assert!(matches!(again(1), Err(ShardError::NotOwner { newest: ShardGeneration(2), .. })));
+    }
+}
+
 /// Two processes that were given one generation by mistake.
 #[test]
 fn of_eight_who_claim_one_generation_at_once_one_gets_it_even_on_a_bad_day() {
