@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lakebase_operator import naming
-from lakebase_testing.admin import AdminClient, Json
+from lakebase_testing.admin import AdminClient, Json, figure
 from lakebase_testing.environment import environment
 from lakebase_testing.ports import free_port
 from lakebase_testing.process import Process
-from lakebase_testing.s3 import s3_url
+from lakebase_testing.s3 import own_s3, s3_url
 from lakebase_testing.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class PageServiceSettings:
     cache_bytes: int = 0
     evict: Literal["as_needed", "always"] = "as_needed"
     fill_timeout: str = "60s"
+    # Above this the writer is slowed.
+    ingest_lag_bytes: int = 256 << 20
     # Of each page server.
     freeze_bytes: str = "8MiB"
     freeze_interval: str = "5s"
@@ -55,6 +57,18 @@ def storage_url(kind: ObjectStorage, directory: Path) -> str:
     return f"{url.rstrip('/')}/{directory.name}"
 
 
+def object_directory(kind: ObjectStorage, directory: Path) -> Path:
+    """Returns where the objects of a cluster are as files: the S3 server of this run keeps them so, too.
+
+    Raises: AssertionError where the S3 server is not this run's.
+    """
+    if kind == "file":
+        return directory / "objects"
+    server = own_s3()
+    assert server is not None, "the S3 server is not this run's"
+    return server / "objects" / "lakebase" / directory.name
+
+
 class PageServer:
     """One page server process and its data."""
 
@@ -67,6 +81,8 @@ class PageServer:
         self.directory = cluster.directory / self.name
         self.directory.mkdir()
         self.data = self.directory / "data"
+        # The same as this process reaches it: another path where a disk is mounted for the page server alone.
+        self.files = self.data
         self.ports = {key: free_port() for key in ("pages", "admin", "metrics")}
         self.config = self.directory / "pageserver.toml"
         self.admin = AdminClient(self.ports["admin"], cluster.operator)
@@ -133,8 +149,9 @@ test_ingest_delay_ms = {self._settings.ingest_delay_ms}
     def lose_disk(self) -> None:
         """Removes everything that the (ended) process holds locally."""
         assert not self.process.is_running
-        if self.data.exists():
-            shutil.rmtree(self.data)
+        if self.files.exists():
+            for path in self.files.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def status(self) -> Json:
         """What the page server says about itself."""
@@ -145,6 +162,14 @@ test_ingest_delay_ms = {self._settings.ingest_delay_ms}
         reply = self.admin.call("POST", "/v1/freeze")
         assert reply.status == 200, f"{self.name}: freeze: {reply.status} {reply.text}"
 
+    def figure(self, name: str) -> int:
+        """One of its metrics."""
+        return int(figure(self.ports["metrics"], name))
+
+    def objects(self, kind: Literal["layers", "manifests", "claims"]) -> Path:
+        """Where objects of its shard are as files."""
+        return self._cluster.objects / "shards" / f"{self.shard:08x}" / kind
+
     def shard_table(self) -> str:
         """This shard in compute.toml; generation 0: the writer talks to whoever owns the shard."""
         return (
@@ -154,7 +179,7 @@ test_ingest_delay_ms = {self._settings.ingest_delay_ms}
 
 
 def compute_section(settings: PageServiceSettings, page_servers: list[PageServer]) -> str:
-    """`[page_service]` of compute.toml."""
+    """`[page_service]` and `[backpressure]` of compute.toml."""
     shards = "\n".join(server.shard_table() for server in page_servers)
     return f"""
 [page_service]
@@ -163,4 +188,6 @@ cache_bytes = {settings.cache_bytes}
 evict = "{settings.evict}"
 fill_timeout = "{settings.fill_timeout}"
 {shards}
+[backpressure]
+ingest_lag_bytes = {settings.ingest_lag_bytes}
 """
