@@ -102,6 +102,7 @@ def test_page_servers_and_computes_die_under_load() -> None:
 def test_every_block_is_evicted_after_each_access() -> None:
     """A page that was wrong once would be read again and again; eviction and writing race at every access."""
     with LocalCluster(page_service=PageServiceSettings(shards=2, evict="always", ingest_delay_ms=5)) as cluster:
+        cluster.expect_log("WAL is delayed at random")
         writer = cluster.start_writer({"shared_buffers": "1MB"})
         Pgbench.initialise(writer.dsn(), scale=1)
         with Pgbench(writer.dsn, cluster.directory / "pgbench.log"):
