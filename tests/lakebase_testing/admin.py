@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import re
+import urllib.request
 from dataclasses import dataclass
 from typing import cast
 
@@ -77,3 +79,15 @@ class AdminClient:
             return self.get(path)
         except OSError:
             return None
+
+
+def figure(metrics_port: int, name: str) -> float:
+    """Returns the sum of a metric over its labels; `name` without the program's prefix.
+
+    Raises: AssertionError when there is no such metric.
+    """
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    found = re.findall(rf"^lakebase_(?:\w+_)?{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    assert found, f"no metric {name} in:\n{text}"
+    return sum(map(float, found))

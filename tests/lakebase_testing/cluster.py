@@ -26,11 +26,17 @@ import psycopg
 
 from lakebase_operator import naming
 from lakebase_testing import procfs
-from lakebase_testing.admin import AdminClient, Json
+from lakebase_testing.admin import AdminClient, Json, figure
 from lakebase_testing.certificates import Authority, Credentials
 from lakebase_testing.environment import environment, give_to_postgres, is_root, postgres_owner, scratch
 from lakebase_testing.faults import without_io_uring
-from lakebase_testing.page_service import PageServer, PageServiceSettings, compute_section, storage_url
+from lakebase_testing.page_service import (
+    PageServer,
+    PageServiceSettings,
+    compute_section,
+    object_directory,
+    storage_url,
+)
 from lakebase_testing.ports import free_port
 from lakebase_testing.postgres import Connection, base_backup
 from lakebase_testing.process import Process
@@ -68,6 +74,8 @@ class Safekeeper:
         """The text of safekeeper.toml."""
         listen = "\n".join(f'{key} = "127.0.0.1:{port}"' for key, port in self.ports.items())
         # Without TLS, and so without certificates, the agent's own WAL receiver could show nobody but a password.
+        service = self._cluster.page_service
+        archive = f'[archive]\nobject_storage = "{self._cluster.object_storage}"' if service and service.archive else ""
         users = f'users_file = "{self._cluster.directory / "users"}"' if self._cluster.operator else ""
         return f"""
 member = {self.member}
@@ -86,6 +94,8 @@ spare_segments = 2
 
 [replication]
 {users}
+
+{archive}
 """
 
     def start(self) -> None:
@@ -209,6 +219,10 @@ metrics = "127.0.0.1:{self.metrics_port}"
     def status(self) -> Json:
         """What the agent says about itself."""
         return self.admin.get("/v1/status")
+
+    def figure(self, name: str) -> int:
+        """One of its metrics."""
+        return int(figure(self.metrics_port, name))
 
     def state(self) -> str | None:
         """Its state, or None when it does not answer."""
@@ -518,6 +532,12 @@ class LocalCluster:
         self.safekeepers.append(safekeeper)
         return safekeeper
 
+    @property
+    def objects(self) -> Path:
+        """Where the objects of the cluster's branch are as files."""
+        assert self.page_service is not None
+        return object_directory(self.page_service.object_storage, self.directory) / self.id / self.branch
+
     def majority(self) -> int:
         """How many safekeepers make a quorum."""
         return len(self.safekeepers) // 2 + 1
@@ -534,6 +554,15 @@ class LocalCluster:
             return positions.pop() if len(positions) == 1 else None
 
         return wait_for("all safekeepers to hold the same log", equal, timeout_seconds)
+
+    def wait_ingested(self, lsn: int, timeout_seconds: float = 60) -> None:
+        """Waits until pages as of `lsn` can be read from all page servers."""
+        for page_server in self.page_servers:
+            wait_for(
+                f"{page_server.name} to ingest {lsn:#x}",
+                lambda page_server=page_server: lsn_of(page_server.status()["ingested_lsn"]) >= lsn,
+                timeout_seconds,
+            )
 
     def replication_parameters(self, credentials: Credentials | None, *safekeepers: Safekeeper) -> dict[str, str]:
         """libpq parameters that reach the safekeepers' PostgreSQL ports."""

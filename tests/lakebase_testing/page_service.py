@@ -38,6 +38,8 @@ class PageServiceSettings:
     fill_timeout: str = "60s"
     # Above this the writer is slowed.
     ingest_lag_bytes: int = 256 << 20
+    # Safekeepers keep WAL in object storage that page servers do not need any more.
+    archive: bool = False
     # Of each page server.
     freeze_bytes: str = "8MiB"
     freeze_interval: str = "5s"

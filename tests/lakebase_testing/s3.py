@@ -9,7 +9,7 @@ from pathlib import Path
 from lakebase_testing.environment import scratch
 from lakebase_testing.ports import free_port
 
-_SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "s3-server"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "s3-server"
 _started: list[Path] = []
 
 
@@ -27,9 +27,9 @@ def s3_url() -> str | None:
     directory = scratch("s3")
     # A port of its own: other runs have theirs.
     environment = {**os.environ, "LAKEBASE_S3_PORT": str(free_port())}
-    command = [str(_SCRIPT), "start", str(directory)]
+    command = [str(SCRIPT), "start", str(directory)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200, env=environment)
-    assert result.returncode == 0, f"{_SCRIPT}: {result.stdout}{result.stderr}"
+    assert result.returncode == 0, f"{SCRIPT}: {result.stdout}{result.stderr}"
     _started.append(directory)
     for line in result.stdout.splitlines():
         name, _, setting = line.removeprefix("export ").partition("=")
@@ -37,9 +37,14 @@ def s3_url() -> str | None:
     return os.environ["LAKEBASE_TEST_S3_URL"]
 
 
+def own_s3() -> Path | None:
+    """Returns the directory of the server that this run started, if it did."""
+    return _started[-1] if _started else None
+
+
 def end_s3() -> None:
     """Ends the server that this run started, if it did."""
     while _started:
         directory = _started.pop()
-        subprocess.run([str(_SCRIPT), "stop", str(directory)], capture_output=True, check=True, timeout=60)
+        subprocess.run([str(SCRIPT), "stop", str(directory)], capture_output=True, check=True, timeout=60)
         shutil.rmtree(directory)

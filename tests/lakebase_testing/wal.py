@@ -110,3 +110,24 @@ def assert_files_equal(cluster: LocalCluster, directory: Path, start: int, end: 
                 compared += size
     assert not whole or reached == end, f"{directory} ends at {format_lsn(reached)}, the log at {format_lsn(end)}"
     return compared
+
+
+def assert_archive_equal(cluster: LocalCluster, directory: Path, start: int, end: int) -> int:
+    """Asserts that the WAL archive holds in `[start, end)` what PostgreSQL's WAL files in `directory` hold.
+
+    `end` is the end of an archived segment. Returns how many bytes were compared.
+    """
+    files = {file.start: file.path for file in segment_files(directory, cluster.segment_bytes)}
+    for lsn, size in _chunks(start, end):
+        begin = lsn - lsn % cluster.segment_bytes
+        with files[begin].open("rb") as stored:
+            stored.seek(lsn - begin)
+            expected = stored.read(size)
+        archived = lsn - lsn % SAFEKEEPER_SEGMENT_BYTES
+        with (cluster.objects / "wal" / f"{archived:016x}").open("rb") as segment:
+            segment.seek(lsn - archived)
+            actual = segment.read(size)
+        if actual != expected:
+            at = lsn + _first_difference(expected, actual) if len(actual) == size else lsn + len(actual)
+            raise AssertionError(f"archived segment {archived:016x} differs from {files[begin]} at {format_lsn(at)}")
+    return end - start
