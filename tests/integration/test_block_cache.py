@@ -1,10 +1,12 @@
 """The writer's cache of relation blocks: its limit, reads that cannot be served, and the brake of a writer that is too fast."""
 
 import re
+from typing import cast
 
 import psycopg
 import pytest
 
+from lakebase_testing.admin import Json
 from lakebase_testing.cluster import LocalCluster, Writer
 from lakebase_testing.page_service import PageServiceSettings
 from lakebase_testing.postgres import number
@@ -18,11 +20,10 @@ def used_bytes(writer: Writer) -> int:
     return sum(path.stat().st_blocks * 512 for path in (writer.pgdata / "base").rglob("*") if path.is_file())
 
 
-def page_service(writer: Writer) -> dict[str, int]:
-    """What the agent says about its page service."""
-    section = writer.status()["page_service"]
-    assert isinstance(section, dict)
-    return {str(key): int(str(figure)) for key, figure in section.items()}
+def page_service(writer: Writer, key: str) -> int:
+    """A figure of what the agent says about its page service."""
+    section = cast("Json", writer.status()["page_service"])
+    return int(str(section[key]))
 
 
 def test_a_table_larger_than_the_cache_is_read_and_written() -> None:
@@ -73,7 +74,7 @@ def test_a_page_server_that_is_away_fails_a_query_in_time_and_by_name() -> None:
                 re.search(r"relation 166[34]/\d+/\d+ blocks? \d+.* as of .* at 127\.0\.0\.1:", line) for line in lines
             )
             assert number(connection, "select sum(length(note)) from t") == 20_000_000
-        assert page_service(writer)["failed_blocks"] > 0
+        assert page_service(writer, "failed_blocks") > 0
         wait_for("the end of the outage in the log", lambda: "answers again" in writer.process.log_text() or None, 30)
 
 
@@ -93,10 +94,10 @@ def test_a_writer_is_slowed_but_not_stopped_while_page_servers_lag() -> None:
             def slowed() -> int | None:
                 for _ in range(200):
                     connection.execute(insert)
-                return page_service(writer)["flush_delay_us"] or None
+                return page_service(writer, "flush_delay_us") or None
 
             assert 0 < wait_for("a delay of flushes", slowed, 60) <= 10_000
             connection.execute(insert)
             for page_server in cluster.page_servers:
                 page_server.process.thaw()
-            wait_for("the end of the delay", lambda: page_service(writer)["flush_delay_us"] == 0 or None, 60)
+            wait_for("the end of the delay", lambda: page_service(writer, "flush_delay_us") == 0 or None, 60)
