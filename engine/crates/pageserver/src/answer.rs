@@ -155,6 +155,10 @@ async fn until_ingested(owner: &Owner, lsn: Lsn) -> Result<(), Failure> {
     let arrived = owner.moved.until(|| (owner.ingested() >= lsn || owner.is_stopping()).then_some(()));
     let (arrived, limit) = (std::pin::pin!(arrived), std::pin::pin!(driver::sleep(WAIT_LIMIT)));
     if let Either::Right(_) = futures_util::future::select(arrived, limit).await {
+        // Nobody waits for it any more, as far as is known: another safekeeper need not be asked for it.
+        if owner.wanted.get().is_some_and(|(wanted, _)| wanted == lsn) {
+            owner.wanted.set(None);
+        }
         let text = format!(
             "{lsn} was not ingested within {WAIT_LIMIT:?}: the shard is at {}, {} is committed as far as it knows",
             owner.ingested(),

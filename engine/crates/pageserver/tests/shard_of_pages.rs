@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use harness::{START, eventually};
 use pgtypes::{Lsn, Term};
-use wire::page::{NEWEST, PageErrorCode, ReaderRole};
+use wire::page::{NEWEST, PageErrorCode, PageMessage, ReaderRole, TakeLease};
 use world::{World, check_page};
 
 /// Blocks over several stripes.
@@ -295,4 +295,77 @@ fn local_files_stay_within_their_limit() {
     assert!(world.server.metric("evictions_total") > 0.0);
     world.check_history(START, 5);
     assert!(world.server.metric("remote_reads_total") > 0.0);
+}
+
+/// One safekeeper feeds a shard, all of them keep WAL for it: each is told what is in object storage, also after it was away.
+#[test]
+fn every_safekeeper_hears_what_is_in_object_storage() {
+    let mut world = World::new("progress");
+    world.server.start();
+    world.write(0..BLOCKS);
+    world.freeze();
+    let told = |world: &World, end: Lsn| {
+        world.cluster.safekeepers.iter().filter(|safekeeper| safekeeper.child.is_some()).all(|safekeeper| {
+            safekeeper.call("GET", &harness::log_path(), None)["shards"][0]["durable_lsn"] == end.to_string()
+        })
+    };
+    eventually("all safekeepers to hear", || told(&world, world.end()));
+
+    let source = world.server.status()["source"].as_str().unwrap().to_owned();
+    let away = world.cluster.safekeepers.iter().position(|s| !source.ends_with(&format!(":{}", s.append))).unwrap();
+    world.cluster.safekeepers[away].kill();
+    world.write(some_blocks(1, 100));
+    world.freeze();
+    eventually("the two others to hear", || told(&world, world.end()));
+    world.cluster.safekeepers[away].start();
+    eventually("the one that was away to hear", || told(&world, world.end()));
+}
+
+/// What is older than the history that is kept goes, on disk and in object storage, unless a reader holds a lease; what is kept
+/// is read as before, by the next owner, too.
+#[test]
+fn history_is_given_up_but_for_leases() {
+    let mut world = World::new("garbage");
+    world.server.history_bytes = "256KiB".to_owned();
+    world.server.start();
+    world.write(0..BLOCKS);
+    let held = world.end();
+    let mut reader = world.server.reader(ReaderRole::Tool);
+    let mut hold = |lsn| {
+        reader.send(&PageMessage::TakeLease(TakeLease { id: 1, lsn, seconds: 600 }));
+        reader.next(|message| match message {
+            PageMessage::LeaseGranted(granted) => assert_eq!((lsn, 5), (granted.lsn, granted.seconds)),
+            other => panic!("{other:?}"),
+        });
+    };
+    for round in 0..10 {
+        world.write(some_blocks(round, 150));
+        world.freeze();
+        hold(held);
+        world.server.call("POST", "/v1/compact");
+        hold(held);
+    }
+    assert!(world.server.position("horizon_lsn") <= held);
+    world.check(held);
+
+    // The lease of five seconds ends, and with it what only it needed.
+    let begun = world.server.position("horizon_lsn");
+    eventually("history to be given up", || world.server.position("horizon_lsn") > held);
+    assert!(begun <= held && world.server.metric("collected_total") > 0.0);
+    eventually("layers to go", || {
+        world.server.call("POST", "/v1/compact");
+        let status = world.server.status();
+        let objects = files(world.objects.join(format!("{}/shards/00000007/layers", harness::log()))).len() as u64;
+        let layers = ["image_layers", "level0_layers", "level1_layers"].map(|key| status[key].as_u64().unwrap());
+        objects == layers.iter().sum::<u64>()
+    });
+    let mut reader = world.server.reader(ReaderRole::Tool);
+    assert_eq!(PageErrorCode::BelowHorizon, reader.page(1, held, held).unwrap_err().code);
+    let horizon = world.server.position("horizon_lsn");
+    world.check_history(horizon, 5);
+    world.server.kill();
+    world.server.lose_disk();
+    world.server.start();
+    assert!(world.server.position("horizon_lsn") >= horizon);
+    world.check_history(world.server.position("horizon_lsn"), 5);
 }

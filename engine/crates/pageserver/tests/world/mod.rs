@@ -218,6 +218,7 @@ pub struct PageServer {
     pub settings: BTreeMap<&'static str, String>,
     pub environment: BTreeMap<&'static str, String>,
     pub cache_bytes: String,
+    pub history_bytes: String,
     objects: PathBuf,
     safekeepers: Vec<u16>,
     pages: u16,
@@ -242,6 +243,7 @@ impl PageServer {
             settings,
             environment: BTreeMap::new(),
             cache_bytes: "1GiB".to_owned(),
+            history_bytes: "1GiB".to_owned(),
             objects: objects.to_owned(),
             safekeepers,
             pages,
@@ -267,7 +269,7 @@ impl PageServer {
             "cluster = \"{}\"\nbranch = \"{}\"\nshard = {}\ngeneration = {}\nbegin = {}\nend = {}\ndata_dir = \"data\"\ncache_bytes = \"{}\"\n\
              object_storage = \"file://{}\"\n{}[listen]\npages = \"127.0.0.1:{}\"\nadmin = \"127.0.0.1:{}\"\n\
              metrics = \"127.0.0.1:{}\"\n[tls]\nmode = \"off\"\ni_know_this_is_insecure = true\n\
-             [retention]\nhistory_bytes = \"1GiB\"\nlease_period = \"1s\"\n[ingest]\n{}",
+             [retention]\nhistory_bytes = \"{}\"\nlease_period = \"5s\"\n[ingest]\n{}",
             log().cluster,
             log().branch,
             SHARD.0,
@@ -280,6 +282,7 @@ impl PageServer {
             self.pages,
             self.admin,
             self.metrics,
+            self.history_bytes,
             settings.concat(),
         );
         let path = self.directory.join("pageserver.toml");
