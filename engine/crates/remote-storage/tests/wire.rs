@@ -97,7 +97,7 @@ fn through_the_wire(url: &str) {
         }
         assert_eq!(60, storage.list("small").await.unwrap().len());
         for (number, length) in [3 << 20, PARTS_ABOVE_BYTES + 5].into_iter().enumerate() {
-            let bytes: Vec<u8> = (0..length).map(|at| (at * 31 >> 3) as u8).collect();
+            let bytes: Vec<u8> = (0..length).map(|at| ((at * 31) >> 3) as u8).collect();
             fs::write(&file, &bytes).unwrap();
             let key = format!("large/{number}");
             assert_eq!(PutNew::Created, storage.upload_new(&key, &file).await.unwrap());
