@@ -369,3 +369,36 @@ fn history_is_given_up_but_for_leases() {
     assert!(world.server.position("horizon_lsn") >= horizon);
     world.check_history(world.server.position("horizon_lsn"), 5);
 }
+
+/// An object is gone, and with it which lengths it had: pages that need it fail by name, nothing that was made without it becomes
+/// durable, and with the object all is as if it had never been gone.
+#[test]
+fn nothing_becomes_durable_without_the_lengths_of_a_lost_layer() {
+    let mut world = World::new("lost");
+    world.server.settings.insert("freeze_bytes", "\"64MiB\"".to_owned());
+    world.server.start();
+    world.write(0..BLOCKS);
+    world.freeze();
+    let durable = world.server.position("durable_lsn");
+    world.server.kill();
+    world.server.lose_disk();
+    let objects = files(world.objects.join(format!("{}/shards/00000007/layers", harness::log())));
+    let object = objects.iter().find(|path| path.to_str().unwrap().ends_with("0000000000000001-0000000000000001"));
+    let (object, away) = (object.unwrap(), world.objects.join("away"));
+    std::fs::rename(object, &away).unwrap();
+    world.server.start();
+    let end = world.write(0..BLOCKS / 2);
+    let mut reader = world.server.reader(ReaderRole::Tool);
+    for block in 0..BLOCKS {
+        let failed = reader.page(block, NEWEST, end).unwrap_err();
+        assert_eq!(PageErrorCode::LayerLost, failed.code, "block {block}: {failed:?}");
+    }
+    assert!(world.server.status()["troubles"].as_object().unwrap().contains_key("nothing is made durable"));
+    assert_eq!(durable, world.server.position("durable_lsn"));
+
+    std::fs::rename(&away, object).unwrap();
+    world.server.kill();
+    world.server.start();
+    world.freeze();
+    world.check_history(START, 4);
+}
