@@ -136,7 +136,8 @@ pub async fn answer(owner: &Owner, session: &Session, request: Request) {
     };
     if let Err((code, text)) = result {
         owner.process.metrics.failures.get_or_create(&label_of(code)).inc();
-        let is_ours = matches!(code, PageErrorCode::Poisoned | PageErrorCode::LayerLost | PageErrorCode::Internal);
+        // A layer that is lost was named when it was found: a line for each of its pages would bury that one.
+        let is_ours = matches!(code, PageErrorCode::Poisoned | PageErrorCode::Internal);
         if is_ours && owner.process.notices.is_new(&text, driver::now()) {
             tracing::error!("a read failed: {text}");
         }
