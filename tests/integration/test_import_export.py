@@ -231,6 +231,30 @@ def test_what_cannot_be_imported_is_refused_with_what_to_do(directory: Path) -> 
     refused("no-map", "pg_filenode.map")
 
 
+def test_what_does_not_come_along_is_named(directory: Path) -> None:
+    """Slots, files that settings name or include, configuration that lies elsewhere: told, and imported without."""
+    backup = copy_tree(base_backup(), directory / "backup")
+    (backup / "pg_replslot" / "standby_1").mkdir()
+    (backup / "server.key").touch()
+    (backup / "pg_hba.conf").unlink()
+    with (backup / "postgresql.conf").open("a") as configuration:
+        configuration.write("include_dir = 'conf.d'\n")
+
+    done = import_command(backup, directory / "objects")
+
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "replication slots (standby_1)",
+        "(server.key)",
+        "pg_hba.conf: it lies outside",
+        "postgresql.conf includes",
+    ):
+        assert part in done.stderr, done.stderr
+    quiet = import_command(base_backup(), directory / "objects")
+    assert quiet.returncode == 0
+    assert "left out" not in quiet.stderr
+
+
 def test_a_server_that_was_killed_is_refused(directory: Path) -> None:
     """Its files lack what only WAL has; after a start and a clean stop they do not."""
     server = StockServer.create(directory, base_backup())

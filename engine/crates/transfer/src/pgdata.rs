@@ -12,6 +12,18 @@ use crate::relations::RELATION_SEGMENT_BLOCKS;
 
 /// The major version that is read.
 const MAJOR_VERSION: &str = "17";
+/// Files outside of WAL that come along as they are. The first is a template: a start writes its own from it.
+pub(crate) const ADVISORY_FILES: [&str; 7] = [
+    "global/pg_control",
+    "PG_VERSION",
+    "postgresql.conf",
+    "postgresql.auto.conf",
+    "pg_hba.conf",
+    "pg_ident.conf",
+    STATISTICS,
+];
+/// The one of them that can be too large.
+pub(crate) const STATISTICS: &str = "pg_stat/pgstat.stat";
 /// A checkpoint's record is 120 bytes; the header of a page and of a segment may lie in it.
 const CHECKPOINT_RECORD_BYTES_MAX: u64 = 120 + 24 + 40;
 
@@ -172,7 +184,7 @@ impl PgData {
     }
 }
 
-/// What of the server's state an import does not take along.
+/// What of the server's state an import does not take along, and what to do about it.
 fn left_out(directory: &Path) -> Result<Vec<String>, PgDataError> {
     let mut left_out: Vec<String> = Vec::new();
     let slots = names(&directory.join("pg_replslot"))?;
@@ -184,7 +196,33 @@ fn left_out(directory: &Path) -> Result<Vec<String>, PgDataError> {
             left_out.push(format!("{file}: it lies outside of the data directory; settings in it do not come along"));
         }
     }
+    if fs::read_to_string(directory.join("postgresql.conf")).is_ok_and(|text| text.lines().any(includes_a_file)) {
+        left_out.push(
+            "files that postgresql.conf includes: move their settings into it before the import, or no server will start"
+                .to_owned(),
+        );
+    }
+    if fs::metadata(directory.join(STATISTICS)).is_ok_and(|file| file.len() > shard::ADVISORY_BYTES_MAX as u64) {
+        left_out.push(format!("{STATISTICS}: it is too large; run ANALYZE in each database afterwards"));
+    }
+    let others: Vec<_> = names(directory)?.into_iter().filter(|name| is_other_file(directory, name)).collect();
+    if !others.is_empty() {
+        left_out.push(format!("files that are not PostgreSQL's own ({}): settings may name them", others.join(", ")));
+    }
     Ok(left_out)
+}
+
+/// Whether a line of `postgresql.conf` is `include`, `include_if_exists` or `include_dir`.
+fn includes_a_file(line: &str) -> bool {
+    let word = line.trim_start().split([' ', '\t', '=', '\'']).next().unwrap_or_default();
+    matches!(word.to_ascii_lowercase().as_str(), "include" | "include_dir" | "include_if_exists")
+}
+
+/// Whether an entry of the data directory is a file that neither comes along nor belongs to a run of the server.
+fn is_other_file(directory: &Path, name: &str) -> bool {
+    const OF_A_RUN: [&str; 3] = ["postmaster.opts", "current_logfiles", "backup_manifest"];
+    let is_known = ADVISORY_FILES.contains(&name) || OF_A_RUN.contains(&name) || name.ends_with(".old");
+    !is_known && directory.join(name).is_file()
 }
 
 /// Names in a directory, sorted.
@@ -203,4 +241,19 @@ pub(crate) fn names(directory: &Path) -> Result<Vec<String>, PgDataError> {
     }
     names.sort_unstable();
     Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn includes_are_found_and_comments_are_not() {
+        for line in ["include_dir = 'conf.d'", "include 'x.conf'", "  INCLUDE_IF_EXISTS='x'", "include\t'x'"] {
+            assert!(includes_a_file(line), "{line}");
+        }
+        for line in ["#include_dir = 'conf.d'", "included = 1", "", "work_mem = 1MB # include 'x'"] {
+            assert!(!includes_a_file(line), "{line}");
+        }
+    }
 }

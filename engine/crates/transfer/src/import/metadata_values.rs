@@ -5,24 +5,14 @@ use std::{fs, io};
 use layers::{Key, Metadata};
 use metadata::{Counters, Origins, SLRU_PAGE_BYTES, Slru};
 use pgtypes::Lsn;
-use shard::Advisory;
+use shard::{ADVISORY_BYTES_MAX, Advisory};
 use wal::crc32c;
 
 use crate::{
-    pgdata::{PgData, PgDataError, names},
+    pgdata::{ADVISORY_FILES, PgData, PgDataError, STATISTICS, names},
     relations::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE, databases},
 };
 
-/// Files outside of WAL that come along as they are. The first is a template: a start writes its own from it.
-const ADVISORY_FILES: [&str; 7] = [
-    "global/pg_control",
-    "PG_VERSION",
-    "postgresql.conf",
-    "postgresql.auto.conf",
-    "pg_hba.conf",
-    "pg_ident.conf",
-    "pg_stat/pgstat.stat",
-];
 /// `sizeof(RelMapFile)`.
 const RELATION_MAP_BYTES: usize = 524;
 /// Pages of a file of an SLRU (`SLRU_PAGES_PER_SEGMENT`).
@@ -68,6 +58,10 @@ pub(crate) fn small_values(pgdata: &PgData) -> Result<Vec<(Key, Vec<u8>)>, PgDat
     for name in ADVISORY_FILES {
         let path = pgdata.directory.join(name);
         if let Some(contents) = read_if_there(&path)? {
+            // The user was told.
+            if name == STATISTICS && contents.len() > ADVISORY_BYTES_MAX {
+                continue;
+            }
             let file = Advisory { name: name.to_owned(), contents };
             let value = file.to_bytes().map_err(|e| PgDataError::Unexpected { path, what: e.to_string() })?;
             values.push((file.key(), value));
