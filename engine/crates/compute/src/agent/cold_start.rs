@@ -24,7 +24,7 @@ use crate::{
     link::Greeting,
     page_service_config::PageServiceConfig,
     pages::{BaseBackup, HandedIn, PagesCommand},
-    restore,
+    restore::{self, RestoreError},
     session::{CoreCommand, CoreEvent, ElectedEvent},
 };
 
@@ -84,7 +84,8 @@ impl Agent {
         cold_start::write_pgdata(&plan, &init_pages, &draft, &pgdata, user, &self.mailbox.interrupted)?;
         let written = started.elapsed();
         let blocks = cold_start::map_of(&plan, service.evict)?;
-        let advisory = AdvisoryFiles::of_cold_start(&pgdata)?;
+        let advisory = AdvisoryFiles::of_cold_start(&pgdata)
+            .map_err(|source| RestoreError::Io { path: pgdata.clone(), source })?;
         let control = &plan.control;
         tracing::info!(
             x = %plan.begin(),
