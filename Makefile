@@ -54,6 +54,7 @@ fuzz: ## Fuzz every decoder: FUZZ_SECONDS for each target
 
 bench: ## Ratios against real references, as a table and in build/bench/ (ONLY="P2 P3" for some)
 	@$(MAKE) build PROFILE=release
+	$(ENGINE) $(CARGO) build --release -p append-load -p page-load -p redo-load
 	@$(WITH_ENV) PYTHONPATH=tests python -m bench $(ONLY)
 
 soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards, 1.5 GB imported and exported, consensus to its full bounds, ten minutes of chaos, 200 fenced reads

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bench import append, commits, idle, tpcb
+from bench import append, cold_start, commits, growth, idle, pages, recovery, tpcb, virtual_disk
 from bench.report import Row, table
 from lakebase_testing.postgres import remove_templates
 
@@ -14,6 +14,16 @@ PARTS: dict[str, tuple[Sequence[str], Callable[[], list[Row]]]] = {
     "commits": (("P2", "P3-16", "P3-64", "C-16"), commits.measure),
     "tpcb": (("P4", "P5"), tpcb.measure),
     "idle": (("M-1", "M-1000", "D-1000"), idle.measure),
+    "memory": (("P6", "P6-tls", "P8", "P8-tls", "P8-wall", "P8-wall-tls"), pages.measure_memory),
+    "disk": (("P7", "P7-values"), pages.measure_disk),
+    "redo": (("P9",), recovery.measure_redo),
+    "ingest": (("P10",), recovery.measure_ingest),
+    "virtual_disk": (("P11", "P11-read", "P11-call"), virtual_disk.measure),
+    "cold_start": (
+        ("P12-200MB", "P12-1GB", "P12-5GB", "P12-tables", "P12-relation", "scan-cold", "select-cold"),
+        cold_start.measure,
+    ),
+    "growth": (("P14-data", "P14-history", "S-amplification", "S-memory"), growth.measure),
 }
 
 

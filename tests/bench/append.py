@@ -27,7 +27,8 @@ SPARE_SEGMENTS = TOTAL_MIB // 16 + 4
 SERVER_CORE, CLIENT_CORE = 0, 1
 
 
-def _pin(core: int) -> list[str]:
+def pin(core: int) -> list[str]:
+    """Command line that keeps a program on one core."""
     return ["taskset", "-c", str(core % (os.cpu_count() or 1))]
 
 
@@ -53,12 +54,12 @@ class Toy:
         """Measures one method; returns MB/s."""
         port = free_port()
         server = subprocess.Popen(
-            [*_pin(SERVER_CORE), str(self.directory / "toy_log"), str(port), str(self.directory / "ring"), "-m", method]
+            [*pin(SERVER_CORE), str(self.directory / "toy_log"), str(port), str(self.directory / "ring"), "-m", method]
         )
         try:
-            _wait_listening(port, server)
+            wait_listening(port, server)
             line = subprocess.run(
-                [*_pin(CLIENT_CORE), str(self.directory / "load"), "log", str(port), "-d", str(OUTSTANDING),
+                [*pin(CLIENT_CORE), str(self.directory / "load"), "log", str(port), "-d", str(OUTSTANDING),
                  "-s", str(APPEND_BYTES), "-t", str(TOY_SECONDS), "-n", method],
                 check=True, capture_output=True, text=True,
             ).stdout.split("\t")  # fmt: skip
@@ -74,13 +75,15 @@ class Toy:
         return max(figures, key=figures.__getitem__)
 
 
-def _wait_listening(port: int, server: "subprocess.Popen[bytes]") -> None:
+def wait_listening(port: int, server: "subprocess.Popen[bytes]") -> None:
+    """Waits until a yardstick listens."""
+
     def listening() -> bool:
-        assert server.poll() is None, f"toy_log ended with {server.returncode}: io_uring forbidden?"
+        assert server.poll() is None, f"the toy ended with {server.returncode}: io_uring forbidden?"
         hex_port = f":{port:04X} "
         return any(hex_port in line and " 0A " in line for line in Path("/proc/net/tcp").read_text().splitlines())
 
-    wait_for("toy_log to listen", listening, 30)
+    wait_for("the toy to listen", listening, 30)
 
 
 def ours(*, tls: bool) -> dict[str, float]:
@@ -91,7 +94,7 @@ def ours(*, tls: bool) -> dict[str, float]:
     safekeeper.config.write_text(
         safekeeper.config.read_text().replace("spare_segments = 2", f"spare_segments = {SPARE_SEGMENTS}")
     )
-    safekeeper.process.wrapper = _pin(SERVER_CORE)
+    safekeeper.process.wrapper = pin(SERVER_CORE)
     with cluster:
         wait_for("spare segments", lambda: len(list((safekeeper.data / "spares").iterdir())) >= SPARE_SEGMENTS, 120)
         os.sync()
@@ -99,7 +102,7 @@ def ours(*, tls: bool) -> dict[str, float]:
         cluster.fence(1, writer)
         status = safekeeper.log_status()
         command = [
-            *_pin(CLIENT_CORE), str(environment().bin / "append-load"),
+            *pin(CLIENT_CORE), str(environment().bin / "append-load"),
             "--address", f"127.0.0.1:{safekeeper.ports['append']}",
             "--log", f"{cluster.id}/{cluster.branch}",
             "--system-id", str(status["system_id"]),
@@ -109,16 +112,17 @@ def ours(*, tls: bool) -> dict[str, float]:
         if cluster.authority is not None:
             cluster.authority.issue("compute", "load")
             command += ["--tls-dir", str(cluster.authority.directory), "--tls-name", "load"]
-        before = _cpu_seconds(safekeeper.process.pid)
+        before = cpu_seconds(safekeeper.process.pid)
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         assert result.returncode == 0, f"append-load: {result.stdout}{result.stderr}\n{cluster.report()}"
         figures: dict[str, float] = json.loads(result.stdout)
         appends = TOTAL_MIB * (1 << 20) / APPEND_BYTES
-        figures["server_cpu_us"] = (_cpu_seconds(safekeeper.process.pid) - before) / appends * 1e6
+        figures["server_cpu_us"] = (cpu_seconds(safekeeper.process.pid) - before) / appends * 1e6
     return figures
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, ended threads included."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

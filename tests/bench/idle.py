@@ -10,7 +10,8 @@ from lakebase_testing.cluster import LocalCluster, Safekeeper
 LOGS = 1000
 
 
-def _resident_kib(pid: int) -> float:
+def resident_kib(pid: int) -> float:
+    """Memory of a process that is in RAM."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return float(line.split()[1])
@@ -32,11 +33,11 @@ def measure() -> list[Row]:
     with LocalCluster(members=1, tls=False) as cluster:
         cluster.expect_log("TLS is off")
         safekeeper = cluster.safekeepers[0]
-        one = _resident_kib(safekeeper.process.pid)
+        one = resident_kib(safekeeper.process.pid)
         like = safekeeper.log_status()
         for _ in range(LOGS):
             _create(safekeeper, like)
-        many = _resident_kib(safekeeper.process.pid)
+        many = resident_kib(safekeeper.process.pid)
         segments = sum(1 for path in (safekeeper.data / "logs").rglob("wal/*") if path.is_file())
     return [
         fact("M-1", "resident memory of a safekeeper with 1 idle log", "KiB", one),
