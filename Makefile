@@ -27,6 +27,7 @@ setup: ## Make this machine ready (Debian 12 or 13; idempotent, says what it doe
 build: ## Build the engine (PROFILE=dev or release) and write build/env.sh
 	@[ -f build/setup.env ] || scripts/setup
 	$(ENGINE) $(CARGO) build --profile $(PROFILE) -p lakebase -p vfs
+	$(ENGINE) $(CARGO) build --profile $(PROFILE) -p redo --examples
 	@scripts/env $(PROFILE)
 
 fmt: ## Format Rust and Python

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from lakebase_testing import procfs
 from lakebase_testing.cluster import LocalCluster, Safekeeper, Writer
+from lakebase_testing.faults import SmallDisk
+from lakebase_testing.page_service import PageServer
 from lakebase_testing.process import freeze_all, thaw_all
+from lakebase_testing.storage_faults import storage_outage
 from lakebase_testing.waiting import hold, wait_for
 
 # Longer than the lease (1.5 s) as often as shorter.
@@ -27,6 +30,8 @@ class Scene:
     cluster: LocalCluster
     writer: Writer
     source: random.Random
+    # Of the first page server, where there are any.
+    disk: SmallDisk | None = None
 
     def pause(self) -> None:
         """Lets the fault last."""
@@ -35,6 +40,10 @@ class Scene:
     def safekeeper(self) -> Safekeeper:
         """Picks one."""
         return self.source.choice(self.cluster.safekeepers)
+
+    def page_server(self) -> PageServer:
+        """Picks one."""
+        return self.source.choice(self.cluster.page_servers)
 
 
 def kill_safekeeper(scene: Scene) -> str:
@@ -131,6 +140,86 @@ def freeze_everything(scene: Scene) -> str:
     return f"{len(frozen)} processes"
 
 
+def kill_page_server(scene: Scene) -> str:
+    """SIGKILL, a while of absence, a start as the next generation with what it had on its disk."""
+    victim = scene.page_server()
+    victim.kill()
+    scene.pause()
+    scene.cluster.restart_page_server(victim, disk=True)
+    return victim.name
+
+
+def lose_page_server(scene: Scene) -> str:
+    """The same without its disk."""
+    victim = scene.page_server()
+    victim.kill()
+    scene.pause()
+    scene.cluster.restart_page_server(victim, disk=False)
+    return victim.name
+
+
+def lose_all_page_servers(scene: Scene) -> str:
+    """All of them die with their disks: what is durable is in object storage and on the safekeepers."""
+    for victim in scene.cluster.page_servers:
+        victim.kill()
+    scene.pause()
+    for victim in scene.cluster.page_servers:
+        scene.cluster.restart_page_server(victim, disk=False)
+    return ", ".join(victim.name for victim in scene.cluster.page_servers)
+
+
+def freeze_page_server(scene: Scene) -> str:
+    """SIGSTOP, SIGCONT."""
+    victim = scene.page_server()
+    victim.process.freeze()
+    scene.pause()
+    victim.process.thaw()
+    return victim.name
+
+
+def starve_page_server(scene: Scene) -> str:
+    """A few percent of the time only."""
+    victim = scene.page_server()
+    victim.process.starve()
+    scene.pause()
+    victim.process.feed()
+    return victim.name
+
+
+def lose_object_storage(scene: Scene) -> str:
+    """Every request fails for a while."""
+    with storage_outage(scene.cluster, "away"):
+        scene.pause()
+        scene.pause()
+    return scene.cluster.object_storage
+
+
+def lose_object_storage_and_page_server(scene: Scene) -> str:
+    """A page server dies while object storage is away, and its successor is there before that comes back."""
+    victim = scene.page_server()
+    # A directory that is not there is refused as a mistake in the configuration.
+    waits = scene.cluster.object_storage.startswith("s3://")
+    with storage_outage(scene.cluster, "away"):
+        victim.kill()
+        if waits:
+            victim.start()
+        scene.pause()
+    if not waits:
+        victim.start()
+    victim.wait_ready()
+    return victim.name
+
+
+def fill_disk(scene: Scene) -> str:
+    """The disk of the first page server has no room for a while."""
+    assert scene.disk is not None
+    scene.disk.fill()
+    scene.pause()
+    scene.pause()
+    scene.disk.empty()
+    return scene.cluster.page_servers[0].name
+
+
 KINDS: dict[str, Callable[[Scene], str]] = {
     "kill safekeeper": kill_safekeeper,
     "kill two safekeepers": kill_two_safekeepers,
@@ -142,4 +231,16 @@ KINDS: dict[str, Callable[[Scene], str]] = {
     "kill postgres": kill_postgres,
     "freeze postgres": freeze_postgres,
     "freeze everything": freeze_everything,
+}
+
+# Where there are page servers. Writers begin on an empty disk there: also when an agent is killed.
+PAGE_KINDS: dict[str, Callable[[Scene], str]] = {
+    "kill page server": kill_page_server,
+    "lose page server": lose_page_server,
+    "lose all page servers": lose_all_page_servers,
+    "freeze page server": freeze_page_server,
+    "starve page server": starve_page_server,
+    "lose object storage": lose_object_storage,
+    "lose object storage and page server": lose_object_storage_and_page_server,
+    "fill disk of page server": fill_disk,
 }

@@ -220,3 +220,51 @@ def tpcb_sums(connection: Connection) -> set[int]:
     ).fetchone()
     assert row is not None
     return {int(value) for value in row}
+
+
+class Auditor:
+    """A thread that adds up pgbench's tables again and again, which reads every page: under load, too, all sums are equal."""
+
+    # Between two audits, so that others get their share of the machine.
+    _PAUSE_SECONDS = 0.5
+
+    def __init__(self, target: Callable[[], str | None]) -> None:
+        self._target = target
+        self._ended = threading.Event()
+        self._failures: list[str] = []
+        self.audits = 0
+        self._thread = threading.Thread(target=self._run, name="auditor", daemon=True)
+
+    def __enter__(self) -> "Auditor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Stops the thread after the audit that it makes.
+
+        Raises: AssertionError when an audit failed.
+        """
+        self._ended.set()
+        self._thread.join(120)
+        assert not self._thread.is_alive(), "the auditor hangs"
+        assert not self._failures, f"audits failed: {self._failures}"
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._PAUSE_SECONDS):
+            dsn = self._target()
+            if dsn is None:
+                continue
+            try:
+                with psycopg.connect(dsn, autocommit=True) as connection:
+                    sums = tpcb_sums(connection)
+            except (psycopg.OperationalError, psycopg.InterfaceError):
+                continue  # The server went away, as it may.
+            except psycopg.Error as error:
+                self._failures.append(repr(error))
+                return
+            self.audits += 1
+            if len(sums) != 1:
+                self._failures.append(f"sums of one snapshot differ: {sums}")

@@ -1,5 +1,6 @@
 """Faults that need more than a signal: no io_uring, a full disk, a disk that fails."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,10 @@ from typing import Self
 
 from lakebase_testing.environment import is_root
 from lakebase_testing.waiting import wait_for
+
+# Halves of a disk until a page is left are some twenty.
+_FILL_STEPS_MAX = 1000
+_PAGE_BYTES = 4096
 
 
 def without_io_uring() -> list[str]:
@@ -75,11 +80,20 @@ class SmallDisk:
         return ["nsenter", f"--target={self._holder.pid}", *user, "--mount", "--"]
 
     def fill(self, leave_bytes: int = 0) -> None:
-        """Takes all free space but `leave_bytes`."""
-        free = shutil.disk_usage(self.path).free - leave_bytes
-        ballast = self.path / "ballast"
-        with ballast.open("ab") as file:
-            os.posix_fallocate(file.fileno(), file.tell(), max(free, 1))
+        """Takes all free space but `leave_bytes`; others may take or give back some meanwhile."""
+        with (self.path / "ballast").open("ab") as file:
+            for _ in range(_FILL_STEPS_MAX):
+                free = shutil.disk_usage(self.path).free - leave_bytes
+                if free < _PAGE_BYTES:
+                    return
+                # In pieces: whoever takes a little meanwhile must not make all of it fail.
+                size = max(free // 2, _PAGE_BYTES)
+                try:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+        raise AssertionError(f"the disk at {self.mount_point} cannot be filled: its free space does not hold still")
 
     def empty(self) -> None:
         """Gives the space back."""

@@ -54,7 +54,8 @@ def storage_outage(cluster: LocalCluster, kind: Outage) -> Generator[None]:
     finally:
         environment = {**os.environ, "LAKEBASE_S3_PORT": (server / "port").read_text().strip()}
         command = [str(SCRIPT), "start", str(server)]
-        subprocess.run(command, capture_output=True, check=True, timeout=60, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+        assert result.returncode == 0, f"{SCRIPT}: {result.stdout}{result.stderr}"
 
 
 @contextmanager
