@@ -4,6 +4,8 @@ use pgtypes::{Lsn, PgTimeline, SystemId};
 use redo::{Context, Page, apply, blocks_of, mask};
 use wal::{Decoder, RECORD_BYTES_MAX, Record, RecordSpec, Scanner, WalWriter};
 
+/// Where what a page's header says of LSN and checksum ends.
+const LSN_AND_CHECKSUM_BYTES: usize = 10;
 const SEGMENT_BYTES: u64 = 1 << 20;
 /// Damaged copies of each record that is chosen.
 const COPIES: usize = 8;
@@ -15,6 +17,13 @@ impl Random {
     pub fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % bound.max(1)
+    }
+
+    /// Place of one of the bytes in which two pages differ beside LSN and checksum.
+    pub fn changed_byte(&mut self, before: &Page, after: &Page) -> Option<usize> {
+        let pairs = before.0.iter().zip(&after.0).enumerate().skip(LSN_AND_CHECKSUM_BYTES);
+        let changed: Vec<usize> = pairs.filter(|(_, (before, after))| before != after).map(|(at, _)| at).collect();
+        changed.get(self.below(changed.len())).copied()
     }
 
     fn damage(&mut self, bytes: &mut [u8]) {

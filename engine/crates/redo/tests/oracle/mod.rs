@@ -2,6 +2,7 @@
 //! record: the page as PostgreSQL saw it afterwards.
 
 mod damage;
+pub mod record_types;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -13,6 +14,7 @@ use std::{
 
 use damage::{Random, try_damaged};
 use pgtypes::{Lsn, PgTimeline};
+use record_types::{Proof, kind_of, missing, type_of};
 use redo::{Applied, BlockTag, Context, Event, PAGE_BYTES, Page, Reason, RedoError, apply, blocks_of, events_of, mask};
 use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RelFileLocator, Scanner, restore_image, rmgr_name};
 
@@ -20,6 +22,8 @@ use wal::{Decoder, Fork, RECORD_BYTES_MAX, Record, RelFileLocator, Scanner, rest
 const FAULTS_DESCRIBED: usize = 20;
 /// One record in so many is applied damaged, too.
 const DAMAGED_EVERY: u64 = 100;
+/// One compared page of a type of records in so many is compared again with a byte changed.
+const FLIPPED_EVERY: u64 = 16;
 /// Resource manager of page images.
 const XLOG: u8 = 0;
 const SEQUENCE: u8 = 15;
@@ -71,6 +75,8 @@ struct Held {
     /// A page of the visibility map that came as an image without its bits: `CREATE DATABASE` logs it as if they were
     /// unused space, so a standby's has fewer bits than the primary's.
     hollow: bool,
+    /// A byte that the last record changed, of some records.
+    changed: Option<usize>,
 }
 
 /// Pages in memory, on top of those that the data directory had at the start.
@@ -82,6 +88,8 @@ pub struct Oracle {
     cut: BTreeMap<(RelFileLocator, u8), u32>,
     /// Databases that were copied as files.
     copies: HashMap<u32, u32>,
+    /// All records by their types.
+    pub seen: BTreeMap<(u8, u8), u64>,
     /// Images that were compared.
     pub compared: BTreeMap<(u8, u8), u64>,
     /// Blocks that came as images.
@@ -96,7 +104,8 @@ pub struct Oracle {
     /// Of whole relations and databases.
     pub events: BTreeMap<&'static str, u64>,
     pub faults: u64,
-    /// Pages of each resource manager with a byte changed on purpose: how many, and how many of them were found.
+    /// Pages of each resource manager with a byte changed on purpose, one that the record before the comparison had changed:
+    /// how many, and how many of them were found.
     pub flipped: BTreeMap<u8, (u64, u64)>,
     random: Random,
     /// Damaged records and pages that were refused.
@@ -112,6 +121,7 @@ impl Oracle {
             pages: HashMap::new(),
             cut: BTreeMap::new(),
             copies: HashMap::new(),
+            seen: BTreeMap::new(),
             compared: BTreeMap::new(),
             restored: BTreeMap::new(),
             unsupported: BTreeMap::new(),
@@ -159,6 +169,7 @@ impl Oracle {
                     rmgr: held.rmgr,
                     unsupported: held.unsupported,
                     hollow: held.hollow,
+                    changed: None,
                 };
                 (BlockTag { relation, ..*tag }, held)
             })
@@ -179,6 +190,7 @@ impl Oracle {
 
     pub fn replay(&mut self, record: &Record) {
         self.records += 1;
+        self.classify(record);
         for event in events_of(record) {
             match event {
                 Event::CreateFork(relation, fork) => self.cut(relation, fork, 0),
@@ -195,7 +207,8 @@ impl Oracle {
             *self.events.entry(name_of_event(&event)).or_default() += 1;
         }
         let rmgr = record.info.rmgr;
-        let kind = (rmgr, record.info.info & 0xF0);
+        let kind = kind_of(rmgr, record.info.info);
+        let is_flipped = self.compared.get(&kind).copied().unwrap_or(0) % FLIPPED_EVERY == 0;
         if self.records.is_multiple_of(DAMAGED_EVERY) && !record.blocks.is_empty() {
             let pages: Vec<_> = blocks_of(record)
                 .map(|touch| {
@@ -215,6 +228,7 @@ impl Oracle {
                 rmgr,
                 unsupported: false,
                 hollow: false,
+                changed: None,
             });
             if matches!(touch.reason, Reason::Registered(_)) {
                 // An image for a hint says nothing about whose page it is.
@@ -225,6 +239,7 @@ impl Oracle {
                 self.implied += 1;
             }
             held.hollow |= touch.tag.fork == Fork::VisibilityMap && rmgr == XLOG;
+            let before = is_flipped.then(|| held.page.clone());
             let mut from_trimmed = held.page.clone();
             let outcome_of_trimmed = apply(&trimmed, &touch, &mut from_trimmed, &self.context);
             let outcome = apply(record, &touch, &mut held.page, &self.context);
@@ -232,6 +247,7 @@ impl Oracle {
                 let what = format!("trimmed to this block, the record gives another page: {outcome_of_trimmed:?}");
                 self.fault(record, touch.tag, &what);
             }
+            held.changed = before.and_then(|before| self.random.changed_byte(&before, &held.page));
             match outcome {
                 Ok(Applied::AlreadyThere) => self.fault(record, touch.tag, "the page already has the record"),
                 Ok(_) => held.unsupported &= !is_remade(record, touch.reason),
@@ -261,6 +277,26 @@ impl Oracle {
         self.compare(record);
     }
 
+    /// A type that PostgreSQL 17 does not have, or with effects that its proof does not look at, is a fault.
+    fn classify(&mut self, record: &Record) {
+        let kind = kind_of(record.info.rmgr, record.info.info);
+        *self.seen.entry(kind).or_default() += 1;
+        let (touches, events) = (blocks_of(record).next().is_some(), events_of(record).next().is_some());
+        let is_as_listed = match type_of(kind).map(|(.., proof)| *proof) {
+            Some(Proof::Compared | Proof::Image) => touches && !events,
+            Some(Proof::Whole) => events,
+            // Transactions drop relations at their end.
+            Some(Proof::State) => !touches,
+            Some(Proof::Nothing) => !touches && !events,
+            Some(Proof::Never) | None => false,
+        };
+        if !is_as_listed {
+            self.faults += 1;
+            let name = record_types::name_of(kind);
+            self.descriptions.push(format!("{} {name}: blocks {touches}, events {events}", record.info.start));
+        }
+    }
+
     /// Compares with the record's images, as `verifyBackupPageConsistency` does.
     fn compare(&mut self, record: &Record) {
         for block in &record.blocks {
@@ -272,19 +308,23 @@ impl Oracle {
                 held.page.0 = theirs;
                 continue;
             }
-            let kind = (record.info.rmgr, record.info.info & 0xF0);
+            let kind = kind_of(record.info.rmgr, record.info.info);
             let mut theirs = Page(theirs);
             if held.hollow {
                 keep_common_bits(&held.page, &mut theirs);
             }
+            let flipped = held.changed.take().map(|at| {
+                let mut flipped = held.page.clone();
+                flipped.0[at] ^= 0x10;
+                flipped
+            });
             if let Some(difference) = difference(record.info.rmgr, tag, &held.page, &theirs) {
                 *held.page = theirs.clone();
                 self.fault(record, tag, &difference);
             }
-            let count = self.compared.entry(kind).or_default();
-            *count += 1;
-            if *count % 64 == 1 {
-                let found = is_flip_found(record.info.rmgr, tag, &theirs);
+            *self.compared.entry(kind).or_default() += 1;
+            if let Some(flipped) = flipped {
+                let found = difference(record.info.rmgr, tag, &flipped, &theirs).is_some();
                 let (tried, sum) = self.flipped.entry(record.info.rmgr).or_default();
                 *tried += 1;
                 *sum += u64::from(found);
@@ -328,30 +368,41 @@ impl Oracle {
         }
     }
 
-    /// Records compared and not supported, per resource manager and kind.
+    /// Records and comparisons per resource manager and record type.
     pub fn report(&self) -> String {
         let mut text = format!(
-            "{} records, {} implied blocks, {} refused of those that were damaged, {} bytes trimmed\n",
-            self.records, self.implied, self.refused, self.trimmed_bytes
+            "{} records, {} implied blocks, {} refused of those that were damaged, {} bytes trimmed\n{:?}\n",
+            self.records, self.implied, self.refused, self.trimmed_bytes, self.events
         );
-        writeln!(text, "{:?}", self.events).expect("a string grows");
-        for (what, counts) in
-            [("compared", &self.compared), ("restored", &self.restored), ("unsupported", &self.unsupported)]
-        {
-            for ((rmgr, info), count) in counts {
-                writeln!(text, "{what:<12} {:<10} {info:#04x} {count}", name_of(*rmgr)).expect("a string grows");
-            }
+        writeln!(text, "{:<32} {:>9} {:>9} {:>9} {:>11}", "type", "records", "compared", "restored", "unsupported")
+            .expect("a string grows");
+        for (kind, seen) in &self.seen {
+            let [compared, restored, unsupported] = [&self.compared, &self.restored, &self.unsupported]
+                .map(|counts| counts.get(kind).copied().unwrap_or_default());
+            let name = record_types::name_of(*kind);
+            writeln!(text, "{name:<32} {seen:>9} {compared:>9} {restored:>9} {unsupported:>11}")
+                .expect("a string grows");
+        }
+        for (rmgr, (tried, found)) in &self.flipped {
+            writeln!(text, "{:<10} {found} of {tried} changed bytes found", name_of(*rmgr)).expect("a string grows");
         }
         text
     }
 
-    /// Kinds that are missing in what was compared or restored.
-    pub fn missing(&self, kinds: &[(u8, u8)]) -> BTreeSet<(u8, u8)> {
-        kinds
-            .iter()
-            .copied()
-            .filter(|kind| !self.compared.contains_key(kind) && !self.restored.contains_key(kind))
-            .collect()
+    /// Types of records whose proof is here and was not given.
+    pub fn missing(&self) -> Vec<String> {
+        let mut names = missing(&[Proof::Compared], |kind| self.compared.contains_key(kind));
+        names.extend(missing(&[Proof::Image], |kind| self.restored.contains_key(kind)));
+        names.extend(missing(&[Proof::Whole, Proof::Nothing], |kind| self.seen.contains_key(kind)));
+        names
+    }
+
+    /// Resource managers of which no changed byte was found.
+    pub fn never_flipped(&self) -> Vec<&'static str> {
+        let compared = record_types::RECORD_TYPES.iter().filter(|(.., proof)| *proof == Proof::Compared);
+        let rmgrs: BTreeSet<u8> = compared.map(|(rmgr, ..)| *rmgr).collect();
+        let is_found = |rmgr: &u8| self.flipped.get(rmgr).is_some_and(|(_, found)| *found > 0);
+        rmgrs.into_iter().filter(|rmgr| !is_found(rmgr)).map(name_of).collect()
     }
 }
 
@@ -413,14 +464,6 @@ fn difference(rmgr: u8, tag: BlockTag, ours: &Page, theirs: &Page) -> Option<Str
         &ours_masked.0[around.clone()],
         &theirs_masked.0[around]
     ))
-}
-
-/// Whether a page is told from itself with one byte changed: the first one of the last item, or of the access method's part.
-fn is_flip_found(rmgr: u8, tag: BlockTag, page: &Page) -> bool {
-    let upper = usize::from(u16::from_le_bytes([page.0[14], page.0[15]]));
-    let mut flipped = page.clone();
-    flipped.0[upper.min(PAGE_BYTES - 1)] ^= 0x10;
-    difference(rmgr, tag, page, &flipped).is_some()
 }
 
 /// Tells `each` every record from `start` on in a directory of segments of one timeline.
