@@ -58,7 +58,7 @@ bench: ## Ratios against real references, as a table and in build/bench/ (ONLY="
 	$(ENGINE) $(CARGO) build --release -p append-load -p page-load -p redo-load
 	@$(WITH_ENV) PYTHONPATH=tests python -m bench $(ONLY)
 
-soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards, 1.5 GB imported and exported, consensus to its full bounds, ten minutes of chaos, 200 fenced reads
+soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards, 1.5 GB imported and exported, consensus to its full bounds, ten minutes of chaos without and with page servers, 200 fenced reads
 	@$(MAKE) build PROFILE=release
 	@rm -rf build/regress-wal
 	@$(WITH_ENV) tests/wal/regress_wal.sh build/regress-wal
@@ -69,6 +69,7 @@ soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards
 	@$(WITH_ENV) PYTHONPATH=tests LAKEBASE_TRANSFER_SCALE=100 pytest -c operator/pyproject.toml --rootdir operator -v \
 	  tests/integration/test_import_export.py -k comes_out
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --seconds 600
+	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --page-servers 4 --seconds 600
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos.fenced_reads --repetitions 200
 
 clean: ## Remove what was built; set-up and downloads stay (rm -rf build removes those, too)

@@ -340,7 +340,7 @@ def test_formats_of_other_versions_are_refused_by_number(version: int) -> None:
 
 
 def test_the_disk_of_a_page_server_may_be_full() -> None:
-    """Copies of objects make room for what object storage does not have yet; without any, layers wait in memory."""
+    """Copies of objects make room for what object storage does not have yet; without any, ingest waits."""
     settings = PageServiceSettings(shards=1, freeze_bytes="1MiB", freeze_interval="1s")
     cluster = LocalCluster(page_service=settings)
     (page_server,) = cluster.page_servers
@@ -348,7 +348,7 @@ def test_the_disk_of_a_page_server_may_be_full() -> None:
         page_server.process.wrapper = [*disk.wrapper, *page_server.process.wrapper]
         page_server.files = disk.path
         with cluster:
-            cluster.expect_log("does not take a layer", "compaction", "merge", "No space")
+            cluster.expect_log("not take (a layer|layers)", "compaction", "No space")
             writer = cluster.start_writer(_QUIET)
 
             def durable() -> bool:
@@ -369,9 +369,9 @@ def test_the_disk_of_a_page_server_may_be_full() -> None:
                     wait_for(
                         "a layer that has no place", lambda: int(str(page_server.status()["frozen_layers"])) > 0, 30
                     )
-                    cluster.wait_ingested(max(cluster.positions("commit_lsn")))
                     assert page_server.status()["troubles"]
-                    assert number(connection, "select count(*) from t where i = 7") == 6
+                    # Memory is no place for much of it: ingest waits then, and commits do not.
+                    connection.execute("insert into t values (0, '')")
                 disk.empty()
             wait_for("all to be durable again", durable, 60)
             writer.process.kill()
