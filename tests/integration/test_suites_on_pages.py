@@ -5,6 +5,7 @@ block ever kept and page servers that lag at random. Afterwards a compute that s
 """
 
 import difflib
+import os
 import re
 import subprocess
 from dataclasses import replace
@@ -43,16 +44,24 @@ def dump(writer: Writer) -> list[str]:
     ]
 
 
+# All four ways are a matter of ten minutes: `make soak` runs the two others.
+EVERY_DAY = [("regress", NO_CACHE, "file"), ("isolation", SMALL_CACHE, "s3")]
+LONG = [("regress", SMALL_CACHE, "s3"), ("isolation", NO_CACHE, "file")]
+WAYS = EVERY_DAY + LONG if os.environ.get("LAKEBASE_SOAK") else EVERY_DAY
+
+
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("suite", ["regress", "isolation"])
 @pytest.mark.parametrize(
-    ("settings", "storage"),
-    [pytest.param(SMALL_CACHE, "s3", id="small cache"), pytest.param(NO_CACHE, "file", id="no clean block kept")],
+    ("suite", "settings", "storage"),
+    WAYS,
+    ids=[f"{suite}, {'no clean block kept' if settings is NO_CACHE else 'small cache'}" for suite, settings, _ in WAYS],
     indirect=["storage"],
 )
 def test_the_suite_passes(suite: Suite, settings: PageServiceSettings, storage: ObjectStorage) -> None:
     """The answers are those of a server with all its pages on its disk, and nothing is lost on the way."""
     with LocalCluster(segment_mib=64, page_service=replace(settings, object_storage=storage)) as cluster:
+        if settings.ingest_delay_ms:
+            cluster.expect_log("WAL is delayed at random, for a test")
         writer = cluster.start_writer({**PARAMETERS, "shared_buffers": "16MB"})
         run = run_suite(suite, cluster.directory / suite, ["--host=127.0.0.1", f"--port={writer.port}"])
         assert_passes(
