@@ -21,6 +21,13 @@ pub(crate) const STEP_LIMIT: Duration = Duration::from_secs(5);
 /// A safekeeper speaks at least five times a second; one that was silent for so long is left.
 const SILENCE_LIMIT: Duration = Duration::from_secs(3);
 
+/// Before a safekeeper is called silent its socket is looked at again for so long: this process may itself have been kept from
+/// running, and then the timer is over, too, although bytes are there.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
+
+/// A read that waited for so long found nothing left over: what it brings was sent just now, and not before a backlog.
+const FRESH: Duration = Duration::from_millis(20);
+
 /// Pause before the next safekeeper is asked, doubled while none of them gives anything.
 const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -262,6 +269,7 @@ async fn converse(owner: &Rc<Owner>, address: &str, delay: &mut Delay) -> Result
     let mut frames = FrameReader::new();
     let mut batches = BatchAssembler::new();
     let begun = driver::now();
+    let mut fresh = false;
     loop {
         while let Some(frame) = frames.next()? {
             let message = decode(frame)?;
@@ -271,15 +279,25 @@ async fn converse(owner: &Rc<Owner>, address: &str, delay: &mut Delay) -> Result
             let Some(batch) = batches.take(&message)? else { continue };
             delay.wait().await;
             let commit_lsn = batch.commit_lsn;
+            let is_heartbeat = batch.after == batch.through;
             owner.take_in(batch).await?;
-            check_behind(owner, commit_lsn, begun)?;
+            // While there is a backlog it is this shard that is behind, and what the safekeeper said is old.
+            if is_heartbeat && fresh {
+                check_behind(owner, commit_lsn, begun)?;
+            }
         }
         if owner.is_stopping() {
             return Err(FeedError::Stopping);
         }
+        let asked = driver::now();
         // Dropping the read loses nothing: the connection is given up with it.
-        let read = driver::timeout(SILENCE_LIMIT, reader.read(frames.take_buffer(false))).await;
-        let Some((read, buffer)) = read else { return Err(FeedError::Silent) };
+        let mut read = std::pin::pin!(reader.read(frames.take_buffer(false)));
+        let read = match driver::timeout(SILENCE_LIMIT, read.as_mut()).await {
+            Some(read) => read,
+            None => driver::timeout(SECOND_LOOK, read).await.ok_or(FeedError::Silent)?,
+        };
+        fresh = driver::now().since(asked) >= FRESH;
+        let (read, buffer) = read;
         frames.return_buffer(buffer);
         match read? {
             0 => return Err(FeedError::Closed),

@@ -35,6 +35,10 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 /// How often a reader is told how far the shard is, while it moves.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How often a reader that waits for answers is told something even when nothing moves: it takes 10 s of silence for a server
+/// that is frozen.
+const SIGN_OF_LIFE_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Pause after a failed `accept`, which fails at once again while the process is out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -306,7 +310,7 @@ async fn serve(
         // Fails when the connection is gone, and then there is nothing to be shut down.
         let _ = writer.shutdown().await;
     });
-    driver::spawn(tell_progress(owner.clone(), outbox.clone(), progress));
+    driver::spawn(tell_progress(owner.clone(), session.clone(), progress));
     // A waiting read ends with the connection.
     let (of_stop, stopped) = (owner.clone(), outbox.clone());
     driver::spawn(async move {
@@ -386,18 +390,24 @@ fn progress_of(owner: &Owner) -> PageProgress {
     PageProgress { ingested_lsn: owner.ingested(), durable_lsn: owner.durable(), horizon_lsn: owner.horizon() }
 }
 
-/// Tells a reader how far the shard is, while it moves.
-async fn tell_progress(owner: Rc<Owner>, outbox: Rc<Outbox>, mut told: PageProgress) {
+/// Tells a reader how far the shard is, while it moves, and now and then while the reader waits for answers.
+async fn tell_progress(owner: Rc<Owner>, session: Rc<Session>, mut told: PageProgress) {
+    let outbox = &session.outbox;
     loop {
-        let now = {
+        let moved = {
             let closed = std::pin::pin!(outbox.until_closed());
             let moved = std::pin::pin!(owner.moved.until(|| Some(progress_of(&owner)).filter(|now| *now != told)));
+            let moved = std::pin::pin!(driver::timeout(SIGN_OF_LIFE_INTERVAL, moved));
             match futures_util::future::select(moved, closed).await {
-                Either::Left((now, _)) => now,
+                Either::Left((moved, _)) => moved,
                 Either::Right(_) => return,
             }
         };
-        told = now;
+        match moved {
+            Some(now) => told = now,
+            None if session.in_flight.get() == 0 => continue,
+            None => {}
+        }
         outbox.push(&PageMessage::PageProgress(told));
         let closed = std::pin::pin!(outbox.until_closed());
         let slept = std::pin::pin!(driver::sleep(PROGRESS_INTERVAL));

@@ -11,6 +11,7 @@ use std::{
 
 use driver::{Connection, Reader, Writer};
 use filter::{Batch, Cutter};
+use futures_util::future::Either;
 use logstore::ShardError;
 use pgtypes::{FrameSummary, Instant, Lsn, Term};
 use wire::append::{BatchFrames, ErrorCode, ErrorFrame, FrameReader, Message, decode, encode_to_vec};
@@ -86,13 +87,25 @@ async fn answer_registration(
 /// Registers the generation, and waits until it is durable.
 async fn register(log: &LogDriver, subscription: Subscription) -> Result<(), (ErrorCode, String)> {
     let Subscription { shard, generation, .. } = subscription;
+    // An owner that comes back does not wait for the disk: under load that took longer than a page server waits for us.
+    if log.feeds().is_registered(shard, generation) && log.with(|machine| owner_fault(machine, subscription)).is_none()
+    {
+        return Ok(());
+    }
+    log.feeds().set_registered(shard, None);
     let version = log.register_shard(shard, generation).map_err(|error| farewell_of_owner(&error))?;
     let settled = |machine: &logstore::Log| {
         let durable = machine.consumers_durable(version);
         (durable || machine.is_failed() || log.is_closed()).then_some(durable)
     };
     match driver::timeout(REGISTRATION_LIMIT, log.until(settled)).await {
-        Some(true) => Ok(()),
+        Some(true) => {
+            // Unless a newer owner came meanwhile: the caller finds that out.
+            if log.with(|machine| owner_fault(machine, subscription)).is_none() {
+                log.feeds().set_registered(shard, Some(generation));
+            }
+            Ok(())
+        }
         Some(false) if log.is_closed() => Err(stopping()),
         Some(false) | None => {
             Err((ErrorCode::Internal, "the owner of the shard cannot be made durable: see the disk".to_owned()))
@@ -243,7 +256,25 @@ async fn send_all(
         if let Some(fault) = log.with(|machine| owner_fault(machine, subscription)) {
             return Some(farewell_of_owner(&fault));
         }
-        let progress = match source.advance(&mut cutter).await {
+        let position = cutter.summary();
+        let advanced = {
+            let mut advancing = std::pin::pin!(source.advance(&mut cutter));
+            loop {
+                let left = HEARTBEAT.saturating_sub(driver::now().since(sent.at));
+                let due = std::pin::pin!(driver::sleep(left));
+                match futures_util::future::select(advancing.as_mut(), due).await {
+                    Either::Left((advanced, _)) => break advanced,
+                    // A disk that is slow, or a segment that is verified before it is served: we are there all the same.
+                    Either::Right(_) => {
+                        sent = Sent { at: driver::now(), term: term(log) };
+                        if !send(log, writer, Batch::heartbeat(position, commit_lsn(log), sent.term)).await {
+                            return None;
+                        }
+                    }
+                }
+            }
+        };
+        let progress = match advanced {
             Ok(progress) => progress,
             Err(error) => return Some(farewell_of_source(&error)),
         };

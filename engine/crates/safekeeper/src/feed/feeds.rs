@@ -35,6 +35,8 @@ pub struct Subscriber {
 #[derive(Default)]
 pub struct Feeds {
     subscribers: RefCell<BTreeMap<u64, Subscriber>>,
+    /// Owners whose registration this process has seen become durable. As many as shards at most, which the log bounds.
+    registered: RefCell<BTreeMap<ShardId, ShardGeneration>>,
     next: Cell<u64>,
     window: RefCell<Option<Window>>,
     /// Number of the window: raised when it is replaced.
@@ -70,6 +72,19 @@ impl Feeds {
     /// Bytes of decoded records that are kept.
     pub fn kept_bytes(&self) -> usize {
         self.window.borrow().as_ref().map_or(0, Window::kept_bytes)
+    }
+
+    /// Whether the owner was found durable before. It may have been replaced since: ask the log.
+    pub(super) fn is_registered(&self, shard: ShardId, generation: ShardGeneration) -> bool {
+        self.registered.borrow().get(&shard) == Some(&generation)
+    }
+
+    /// The owner that is durable, or that none is known to be.
+    pub(super) fn set_registered(&self, shard: ShardId, generation: Option<ShardGeneration>) {
+        match generation {
+            Some(generation) => self.registered.borrow_mut().insert(shard, generation),
+            None => self.registered.borrow_mut().remove(&shard),
+        };
     }
 
     pub(super) fn is_crowded(&self) -> bool {
