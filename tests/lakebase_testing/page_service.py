@@ -86,6 +86,8 @@ class PageServer:
         # The same as this process reaches it: another path where a disk is mounted for the page server alone.
         self.files = self.data
         self.ports = {key: free_port() for key in ("pages", "admin", "metrics")}
+        # Where computes look for it: a proxy in some tests.
+        self.reached_at = self.ports["pages"]
         self.config = self.directory / "pageserver.toml"
         self.admin = AdminClient(self.ports["admin"], cluster.operator)
         self._cluster = cluster
@@ -176,7 +178,7 @@ test_ingest_delay_ms = {self._settings.ingest_delay_ms}
         """This shard in compute.toml; generation 0: the writer talks to whoever owns the shard."""
         return (
             f"[[page_service.shards]]\nshard = {self.shard}\ngeneration = 0\nbegin = {self.begin}\nend = {self.end}\n"
-            f'pages = "127.0.0.1:{self.ports["pages"]}"\n'
+            f'pages = "127.0.0.1:{self.reached_at}"\n'
         )
 
 
