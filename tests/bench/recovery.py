@@ -23,8 +23,8 @@ from lakebase_testing.waiting import wait_for
 
 ROUNDS = 3
 SCALE = 10
-# 30 MB of WAL for each 50,000.
-TRANSACTIONS = 60_000
+# 90 MB of WAL: 80 changes for each page that is read, so that reading pages is the smaller part.
+TRANSACTIONS = 200_000
 ARGUMENTS = ("--no-vacuum", "--protocol=prepared", "--client=4", "--jobs=2", f"--transactions={TRANSACTIONS // 4}")
 # As the engine runs its writers: redo has every change as a record.
 STOCK = {**QUIET, "full_page_writes": "off", "wal_init_zero": "on"}
