@@ -161,6 +161,9 @@ fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 /// The most of a store's answer that goes into an error.
 const CAUSE_CHARACTERS_MAX: usize = 300;
 
+/// Where a client asks for credentials that the environment does not have: the metadata services of AWS, Azure and Google.
+const METADATA_SERVICES: [&str; 2] = ["//169.254.169.254/", "//metadata.google.internal/"];
+
 /// The words of an answer that help, without what a store echoes of the request: a refused signature comes back with
 /// the access key and all that was signed.
 fn shortened(text: &str) -> String {
@@ -168,6 +171,12 @@ fn shortened(text: &str) -> String {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         (Some(code), None) => code.to_owned(),
         _ => text.split_whitespace().collect::<Vec<_>>().join(" "),
+    };
+    let words = match METADATA_SERVICES.iter().any(|service| text.contains(service)) {
+        true => format!(
+            "no credentials in the environment (AWS_*, GOOGLE_*, AZURE_*), and none from this machine's metadata service: {words}"
+        ),
+        false => words,
     };
     words.chars().take(CAUSE_CHARACTERS_MAX).collect()
 }
@@ -184,6 +193,15 @@ mod tests {
             <AWSAccessKeyId>AKIASECRET</AWSAccessKeyId><StringToSign>AWS4-HMAC-SHA256 20261127</StringToSign></Error>";
         assert_eq!("SignatureDoesNotMatch: The signature does not match.", shortened(text));
         assert_eq!(CAUSE_CHARACTERS_MAX, shortened(&"é".repeat(1000)).chars().count());
+    }
+
+    /// Whoever forgot the credentials read of a failing request to an address that he has never heard of.
+    #[test]
+    fn credentials_that_are_nowhere_are_named() {
+        let text =
+            "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 671us - 403 Forbidden";
+        assert!(shortened(text).starts_with("no credentials in the environment"), "{}", shortened(text));
+        assert!(shortened("Error performing GET http://127.0.0.1:9/b").starts_with("Error"));
     }
 
     #[test]
