@@ -8,6 +8,8 @@ MAKEFLAGS += --no-print-directory
 # Profile of the binaries: dev for building and testing (optimised dependencies, fast to build), release for measuring.
 PROFILE ?= dev
 SECONDS_OF_CHAOS ?= 120
+# In one go: another set of packages has other features, and builds everything again.
+BUILT ?= -p lakebase -p vfs
 
 # rustup's own installer puts cargo there without touching the shell's start files.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -26,7 +28,7 @@ setup: ## Make this machine ready (Debian 12 or 13; idempotent, says what it doe
 
 build: ## Build the engine (PROFILE=dev or release) and write build/env.sh
 	@[ -f build/setup.env ] || scripts/setup
-	$(ENGINE) $(CARGO) build --profile $(PROFILE) -p lakebase -p vfs
+	$(ENGINE) $(CARGO) build --profile $(PROFILE) $(BUILT)
 	$(ENGINE) $(CARGO) build --profile $(PROFILE) -p redo --examples
 	@scripts/env $(PROFILE)
 
@@ -54,8 +56,7 @@ fuzz: ## Fuzz every decoder: FUZZ_SECONDS for each target
 	@scripts/fuzz $(or $(FUZZ_SECONDS),30)
 
 bench: ## Ratios against real references, as a table and in build/bench/ (ONLY="P2 P3" for some)
-	@$(MAKE) build PROFILE=release
-	$(ENGINE) $(CARGO) build --release -p append-load -p page-load -p redo-load
+	@$(MAKE) build PROFILE=release BUILT="-p lakebase -p vfs -p append-load -p page-load -p redo-load"
 	@$(WITH_ENV) PYTHONPATH=tests python -m bench $(ONLY)
 
 soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards, 1.5 GB imported and exported, consensus to its full bounds, ten minutes of chaos without and with page servers, 200 fenced reads

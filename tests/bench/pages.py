@@ -24,8 +24,8 @@ SECONDS = 2
 PAGES_IN_MEMORY = 4096
 # So large that most reads find the page neither in that cache nor, in the few seconds of a run, in the kernel's.
 SCALE_ON_DISK = 40
-# Of each page up to 8 rows are changed: what a page server makes it of lies in an image layer and a delta layer.
-CHANGE = "update pgbench_accounts set abalance = abalance + 1 where aid % 61 < (aid / 61) % 9"
+# Of each page up to 4 rows are changed, each by a record or two: the page is made of an image layer and a delta layer.
+CHANGE = "update pgbench_accounts set abalance = abalance + 1 where aid % 61 < (aid / 61) % 5"
 
 
 @dataclass(frozen=True)
