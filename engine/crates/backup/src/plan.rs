@@ -1,6 +1,11 @@
 //! The plan: everything that a PGDATA as of X consists of.
 
-use alloc::{collections::BTreeMap, format, string::String, vec::Vec};
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    format,
+    string::String,
+    vec::Vec,
+};
 use core::mem;
 
 use layers::{Key, Slru};
@@ -54,6 +59,9 @@ pub struct Plan {
     pub control: ControlFile,
     /// Paths of files outside WAL that may not be in a PGDATA; the caller says so in its log.
     pub left_out: Vec<String>,
+    /// Databases and relations of tablespaces, which have no place in this PGDATA: an access to them is an error of PostgreSQL's,
+    /// everything else works. The caller says so in its log.
+    pub in_tablespaces: Vec<String>,
 }
 
 /// A file with its contents.
@@ -80,9 +88,6 @@ pub enum PlanError {
     /// The template is damaged.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// A database in a tablespace.
-    #[error("database {} is in tablespace {}, which is not supported", .0.database, .0.tablespace)]
-    Tablespace(Database),
     /// A relation cannot be placed.
     #[error(transparent)]
     Relation(#[from] RelationError),
@@ -137,11 +142,13 @@ pub fn plan(mut source: Source<'_>) -> Result<Plan, PlanError> {
     let template = ControlFile::parse(&template.contents)?;
 
     let segment_blocks = template.relation_segment_blocks;
-    let relations = relation_files(source.forks.iter().copied(), &listing.databases, segment_blocks)?;
+    let in_tablespaces = leave_tablespaces_out(&mut listing, source.forks);
+    let forks = source.forks.iter().copied().filter(|(relation, ..)| has_directory(*relation));
+    let relations = relation_files(forks, &listing.databases, segment_blocks)?;
     let checkpoint = synthetic_checkpoint(&source, &counters, &template)?;
     let control = control(template, &counters, &checkpoint, source.time);
     let (mut files, left_out) = advisory_files(&listing);
-    files.extend(database_files(&listing)?);
+    files.extend(database_files(&listing));
     files.extend(slru_files(mem::take(&mut listing.slru_pages))?);
     files.extend(two_phase_files(&listing)?);
     files.push(SmallFile {
@@ -155,7 +162,31 @@ pub fn plan(mut source: Source<'_>) -> Result<Plan, PlanError> {
     let mut directories: Vec<String> = DIRECTORIES.iter().copied().map(String::from).collect();
     directories
         .extend(listing.databases.iter().filter_map(|database| directory(*database)).filter(|path| path != "global"));
-    Ok(Plan { directories, files, relations, segment_blocks, checkpoint, control, left_out })
+    Ok(Plan { directories, files, relations, segment_blocks, checkpoint, control, left_out, in_tablespaces })
+}
+
+fn has_directory(relation: RelFileLocator) -> bool {
+    directory(Database { tablespace: relation.tablespace, database: relation.database }).is_some()
+}
+
+/// Takes the databases of tablespaces out of the listing; returns what is in tablespaces. They are a developer's option
+/// (`allow_in_place_tablespaces`), which one statement of a superuser turns on: that must not keep the rest from starting.
+fn leave_tablespaces_out(listing: &mut MetadataListing, forks: &[(RelFileLocator, Fork, u32)]) -> Vec<String> {
+    let mut left_out: Vec<String> = listing
+        .databases
+        .iter()
+        .filter(|database| directory(**database).is_none())
+        .map(|database| format!("database {} in tablespace {}", database.database, database.tablespace))
+        .collect();
+    listing.databases.retain(|database| directory(*database).is_some());
+    listing.relation_maps.retain(|database, _| directory(*database).is_some());
+    let relations: BTreeSet<RelFileLocator> =
+        forks.iter().map(|(relation, ..)| *relation).filter(|relation| !has_directory(*relation)).collect();
+    left_out.extend(relations.iter().map(|relation| {
+        let RelFileLocator { tablespace, database, relation } = relation;
+        format!("relation {tablespace}/{database}/{relation}")
+    }));
+    left_out
 }
 
 fn synthetic_checkpoint(
@@ -202,21 +233,21 @@ fn advisory_files(listing: &MetadataListing) -> (Vec<SmallFile>, Vec<String>) {
 }
 
 /// The version of each database, and its relation map. A database that is just being made may have no map yet.
-fn database_files(listing: &MetadataListing) -> Result<Vec<SmallFile>, PlanError> {
+fn database_files(listing: &MetadataListing) -> Vec<SmallFile> {
     let mut files = Vec::new();
     for database in &listing.databases {
-        let directory = directory(*database).ok_or(PlanError::Tablespace(*database))?;
+        let Some(directory) = directory(*database) else { continue };
         if database.tablespace == DEFAULT_TABLESPACE {
             files.push(SmallFile { path: format!("{directory}/{VERSION_FILE}"), contents: Vec::from(VERSION) });
         }
     }
     for (database, map) in &listing.relation_maps {
-        let directory = directory(*database).ok_or(PlanError::Tablespace(*database))?;
+        let Some(directory) = directory(*database) else { continue };
         if listing.databases.contains(database) || database.tablespace == GLOBAL_TABLESPACE {
             files.push(SmallFile { path: format!("{directory}/pg_filenode.map"), contents: map.clone() });
         }
     }
-    Ok(files)
+    files
 }
 
 /// `TwoPhaseFilePath`.

@@ -3,12 +3,21 @@
 //! Takes commands from the agent and answers each; what it is asked for takes as long as page servers do, so the agent may
 //! stop waiting. Blocks for a running PostgreSQL are `cache`'s.
 
-use std::{io, rc::Rc, sync::mpsc::SyncSender, thread::JoinHandle, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    io,
+    pin::pin,
+    rc::Rc,
+    sync::mpsc::SyncSender,
+    thread::JoinHandle,
+    time::Duration,
+};
 
-use driver::{mpsc, now, start_core};
+use driver::{Event, mpsc, now, start_core};
 use futures_util::{
     StreamExt, TryFutureExt,
-    future::{try_join_all, try_join3},
+    future::{select, try_join_all, try_join3},
 };
 use pageclient::{BlockRead, ClientConfig, ForkLengths, Metadata, PageClient, PageError};
 use pgtypes::Lsn;
@@ -125,6 +134,7 @@ impl Pages {
 async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
     let mut client: Option<Rc<PageClient>> = None;
     let mut cache: Option<Rc<Cache>> = None;
+    let mut advisory = Rc::new(Advisory::default());
     while let Some(command) = commands.next().await {
         match command {
             PagesCommand::Begin(config) => {
@@ -134,6 +144,10 @@ async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
                     Err(error) => unreachable!("the shard map was checked when the configuration was read: {error}"),
                 };
                 client.iter().for_each(|client| client.connect());
+                advisory = advisory.replaced();
+                if let Some(client) = &client {
+                    driver::spawn(hand_in_again(client.clone(), advisory.clone()));
+                }
             }
             PagesCommand::BaseBackup { at, safekeepers, greeting, reply } => {
                 let client = client.clone();
@@ -162,10 +176,10 @@ async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
             }
             PagesCommand::Rest => end(&mut cache),
             PagesCommand::HandIn { files, reply } => {
-                let client = client.clone();
+                let (client, advisory) = (client.clone(), advisory.clone());
                 driver::spawn(async move {
                     let answer = match client {
-                        Some(client) => hand_in(&client, files).await,
+                        Some(client) => hand_in(&client, &advisory, files).await,
                         None => (Vec::new(), Some("the attempt is over".to_owned())),
                     };
                     let _unheard = reply.try_send(answer);
@@ -173,6 +187,7 @@ async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
             }
             PagesCommand::End => {
                 end(&mut cache);
+                advisory = advisory.replaced();
                 client = None;
             }
         }
@@ -219,10 +234,69 @@ async fn read(client: &PageClient, reads: &[BlockRead]) -> Result<Vec<Vec<u8>>, 
     Ok(pages)
 }
 
-async fn hand_in(client: &PageClient, files: Vec<ChangedFile>) -> HandedIn {
+/// The files that an attempt has handed in, in their newest version: the page server keeps them in memory until its next layer,
+/// and no WAL has them.
+#[derive(Default)]
+struct Advisory {
+    files: RefCell<BTreeMap<&'static str, Vec<u8>>>,
+    ended: Event,
+    over: Cell<bool>,
+}
+
+impl Advisory {
+    /// Those of the next attempt; nothing of this one is handed in any more.
+    fn replaced(&self) -> Rc<Advisory> {
+        self.over.set(true);
+        self.ended.set();
+        Rc::default()
+    }
+}
+
+/// Hands everything in again whenever the shard was connected to anew: it may have died, with its memory.
+async fn hand_in_again(client: Rc<PageClient>, advisory: Rc<Advisory>) {
+    let mut known = client.metadata_connections();
+    loop {
+        {
+            let look = || Some(client.metadata_connections()).filter(|connections| *connections != known);
+            let connected = pin!(client.progressed().until(look));
+            let ended = pin!(advisory.ended.until(|| advisory.over.get().then_some(())));
+            select(connected, ended).await;
+        }
+        if advisory.over.get() {
+            return;
+        }
+        known = client.metadata_connections();
+            let names: Vec<&'static str> = advisory.files.borrow().keys().copied().collect();
+        for name in names {
+            match newest_handed_in(&client, &advisory, name).await {
+                Ok(()) => tracing::info!(name, "the page service was given a file again, after a new connection"),
+                Err(error) => {
+                    tracing::warn!(name, %error, "a file could not be handed in again: the next connection gets it")
+                }
+            }
+        }
+    }
+}
+
+/// Hands a file in until its newest version was taken last: one that was handed in beside this must not end up beneath it.
+async fn newest_handed_in(client: &PageClient, advisory: &Advisory, name: &'static str) -> Result<(), PageError> {
+    let newest = || advisory.files.borrow().get(name).cloned().unwrap_or_default();
+    let mut contents = newest();
+    loop {
+        client.put_advisory(name, &contents, now().after(HAND_IN_LIMIT)).await?;
+        let handed_in_beside = newest();
+        if handed_in_beside == contents {
+            return Ok(());
+        }
+        contents = handed_in_beside;
+    }
+}
+
+async fn hand_in(client: &PageClient, advisory: &Advisory, files: Vec<ChangedFile>) -> HandedIn {
     let deadline = now().after(HAND_IN_LIMIT);
     let mut taken = Vec::new();
     for file in files {
+        advisory.files.borrow_mut().insert(file.name, file.contents.clone());
         match client.put_advisory(file.name, &file.contents, deadline).await {
             Ok(_) => taken.push(file),
             Err(error) => return (taken, Some(error.to_string())),

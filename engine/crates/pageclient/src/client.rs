@@ -265,6 +265,12 @@ impl PageClient {
         })
     }
 
+    /// How many times the shard that keeps files outside WAL was connected to. It forgets what it was given since its last
+    /// layer when it dies, and only a new connection shows that. A change rings [`PageClient::progressed`].
+    pub fn metadata_connections(&self) -> u64 {
+        self.shared.map().link(0).connections()
+    }
+
     /// Rings when [`PageClient::progress`] may have changed.
     pub fn progressed(&self) -> &Event {
         &self.shared.progressed

@@ -259,6 +259,11 @@ impl Link {
         self.connection.get()
     }
 
+    /// How many connections were opened.
+    pub fn connections(&self) -> u64 {
+        self.connections.get()
+    }
+
     pub fn set_progress(&self, progress: PageProgress) {
         self.progress.set(Some(progress));
         self.shared.progressed.set();

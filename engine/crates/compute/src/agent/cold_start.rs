@@ -72,6 +72,10 @@ impl Agent {
         for path in &plan.left_out {
             tracing::warn!(path, "not a file that a PGDATA may get from the page service: left out");
         }
+        if let Some(first) = plan.in_tablespaces.first() {
+            let count = plan.in_tablespaces.len();
+            tracing::error!(count, first, "tablespaces are not supported: what is in them cannot be read or written");
+        }
         let init_pages = match self.read_init_forks(&plan, elected)? {
             Ok(pages) => pages,
             Err(outcome) => return Ok(Err(outcome)),

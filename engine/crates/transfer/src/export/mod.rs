@@ -113,6 +113,9 @@ pub enum ExportError {
         /// What is there.
         ingested: Lsn,
     },
+    /// Something is in a tablespace, which has no place in a data directory: nothing is left out silently.
+    #[error("{0}: tablespaces are not supported; drop it, or move it to pg_default, and export a later moment")]
+    Tablespace(String),
     /// Metadata and lengths make no data directory.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -268,7 +271,11 @@ async fn plan_at(export: &Export, client: &PageClient, at: Lsn) -> Result<Plan, 
         histories: &[],
         time,
     };
-    Ok(backup::plan(source)?)
+    let plan = backup::plan(source)?;
+    match plan.in_tablespaces.first() {
+        Some(what) => Err(ExportError::Tablespace(what.clone())),
+        None => Ok(plan),
+    }
 }
 
 /// Start of the segment behind the one that holds `at`; `at` itself when one begins there, unless it is the first.
