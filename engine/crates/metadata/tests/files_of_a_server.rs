@@ -4,32 +4,31 @@
 //! Not compared, because WAL does not define it: the next oid at a clean shutdown (WAL names the end of a batch of 8,192),
 //! the order of replication origins in their file, and origins that were set up but never replayed anything. The oldest
 //! transaction and multixact move between checkpoints without a record when no file of an SLRU becomes free: they are
-//! those of a recovery. PostgreSQL is found as `../wal/tests/postgres/mod.rs` says.
+//! those of a recovery. The positions of recoveries are drawn under a seed, as `../../wal/tests/recovery/mod.rs` says. PostgreSQL is found as `../wal/tests/postgres/mod.rs` says.
 
 #[path = "../../wal/tests/postgres/mod.rs"]
 mod postgres;
+#[path = "../../redo/tests/oracle/record_types.rs"]
+mod record_types;
+#[path = "../../wal/tests/recovery/mod.rs"]
+mod recovery;
 mod state;
 
-use std::{
-    fs,
-    os::unix::fs::FileExt,
-    path::Path,
-    process::Command,
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fs, os::unix::fs::FileExt, path::Path, process::Command};
 
 use pgformat::ControlFile;
 use pgtypes::Lsn;
 use postgres::{Directory, Postgres, Server, output};
+use record_types::{Proof, kind_of, missing, name_of, type_of};
+use recovery::{Positions, recover};
 use state::{State, decode};
 use wal::RecordInfo;
 
+/// Recoveries of a run that says nothing else.
+const RECOVERIES: usize = 4;
+
 const SETTINGS: &str = "fsync = off\nfull_page_writes = off\nwal_keep_size = 10GB\nmax_prepared_transactions = 20\n\
     autovacuum = off\ncheckpoint_timeout = 1h\nwal_level = logical\n";
-
-/// A recovery takes less than a second; the machine may be busy.
-const RECOVERY_MAX: Duration = Duration::from_secs(60);
 
 /// More than a page of `pg_xact`, a file of `pg_commit_ts`, in one commit.
 const MANY_SUBTRANSACTIONS: &str = "
@@ -114,27 +113,10 @@ fn judge(state: &mut State, data: &Path) {
 
 /// Compares with a recovery of the base backup that stops before the record at `end` and becomes a server.
 fn judge_recovery(postgres: &Postgres, directory: &Directory, base: &Path, wal: &Path, end: Lsn) {
-    let data = directory.0.join("recovered");
-    output(Command::new("cp").arg("-a").arg(base).arg(&data));
-    fs::write(data.join("recovery.signal"), "").expect("a written file");
-    postgres.own(&data.join("recovery.signal"));
-    let mut server = postgres.server(directory, &data);
-    server.append_configuration(&format!(
-        "hot_standby = off\nrestore_command = 'cp {}/%f %p'\nrecovery_target_lsn = '{end}'\n\
-         recovery_target_inclusive = off\nrecovery_target_action = promote\n",
-        wal.display()
-    ));
-    server.start();
-    // `pg_ctl` is content with a standby.
-    let is_ready = || server.client("pg_isready").arg("--quiet").status().expect("pg_isready runs").success();
-    let deadline = Instant::now() + RECOVERY_MAX;
-    while !is_ready() {
-        assert!(Instant::now() < deadline, "waited {RECOVERY_MAX:?} for the end of a recovery to {end}");
-        sleep(Duration::from_millis(20));
-    }
-    server.stop("fast");
-
     let (mut state, records) = replay(base, wal, end);
+    let tracks = if state.counters.settings.track_commit_timestamp { "on" } else { "off" };
+    let configuration = format!("track_commit_timestamp = {tracks}\n");
+    let data = recover(postgres, directory, base, wal, end, &configuration);
     judge(&mut state, &data);
     // What the new timeline's checkpoint says of itself, and settings that are those of the start.
     let theirs = control(&data).checkpoint;
@@ -177,8 +159,8 @@ fn move_on(postgres: &Postgres, server: &Server<'_>) {
     output(&mut resetwal);
 }
 
-/// At a clean shutdown all files are the same; a recovery after a crash in between, and recoveries that stop at other
-/// positions, come to the same files and counters.
+/// At a clean shutdown all files are the same; a recovery after a crash in between, and recoveries that stop at positions
+/// drawn at random, come to the same files and counters.
 #[test]
 fn state_is_that_of_the_servers_files() {
     let postgres = Postgres::find();
@@ -201,6 +183,7 @@ fn state_is_that_of_the_servers_files() {
     server.stop("immediate");
     server.start();
     server.script("begin; insert into t values (-20, 0); savepoint a; insert into t values (-21, 0); commit;");
+    server.script("alter system set full_page_writes = on; select pg_reload_conf(); checkpoint");
     server
         .script("create database after_recovery strategy file_copy; select lo_create(0) from generate_series(1, 9) g;");
     server.stop("fast");
@@ -222,10 +205,17 @@ fn state_is_that_of_the_servers_files() {
     for kind in state::KINDS {
         assert!(state.counts.contains_key(*kind), "no {kind}: {:?}", state.counts);
     }
-    // Before the middle one of the records of these kinds: multixacts, commits of prepared transactions, relation maps.
-    for (rmgr, kind) in [(6, 0x20), (1, 0x30), (7, 0x00)] {
-        let kinds = |record: &&RecordInfo| record.rmgr == rmgr && record.info & 0x70 == kind;
-        let ends: Vec<_> = records.iter().filter(kinds).map(|record| record.start).collect();
-        judge_recovery(&postgres, &directory, &base, &wal, ends[ends.len() / 2]);
+    let mut seen: BTreeMap<(u8, u8), u64> = BTreeMap::new();
+    for record in &records {
+        *seen.entry(kind_of(record.rmgr, record.info)).or_default() += 1;
+    }
+    let with_state = seen.iter().filter(|(kind, _)| type_of(**kind).is_some_and(|(.., proof)| *proof == Proof::State));
+    with_state.for_each(|(kind, count)| println!("{:<32} {count:>9}", name_of(*kind)));
+    assert_eq!(Vec::<String>::new(), missing(&[Proof::State], |kind| seen.contains_key(kind)), "not judged");
+    let ends = records.iter().map(|record| (*record, Lsn(record.end.0.next_multiple_of(8))));
+    let mut positions = Positions::new(ends, RECOVERIES);
+    while let Some(end) = positions.draw() {
+        println!("recovery to {end}");
+        judge_recovery(&postgres, &directory, &base, &wal, end);
     }
 }

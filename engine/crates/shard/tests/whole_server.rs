@@ -47,7 +47,12 @@ fn judge(capture: &Capture, records: &[Routed], count: u32) {
         assert!(verdict.identical * 4 > verdict.blocks, "masks do not hide everything");
     }
     let [first, .., last] = &capture.moments[..] else { panic!("two moments") };
-    let wrong = Moment { lsn: first.lsn, files: last.files.clone(), access_methods: last.access_methods.clone() };
+    let wrong = Moment {
+        lsn: first.lsn,
+        files: last.files.clone(),
+        access_methods: last.access_methods.clone(),
+        is_recovery: false,
+    };
     let verdict = compare(&wrong, &shards);
     assert!(verdict.fault_count > 300, "the judge misses what happened since: {verdict:?}");
 }

@@ -287,7 +287,7 @@ impl Oracle {
             Some(Proof::Whole) => events,
             // Transactions drop relations at their end.
             Some(Proof::State) => !touches,
-            Some(Proof::Nothing) => !touches && !events,
+            Some(Proof::Nothing | Proof::Refused) => !touches && !events,
             Some(Proof::Never) | None => false,
         };
         if !is_as_listed {

@@ -20,11 +20,13 @@ pub enum Proof {
     State,
     /// Recovery writes nothing because of it that this engine keeps: no block, no event.
     Nothing,
+    /// The proposer refuses it; suites of PostgreSQL may have it.
+    Refused,
     /// The servers of the tests do not write it, for the reason beside it.
     Never,
 }
 
-use Proof::{Compared, Image, Never, Nothing, State, Whole};
+use Proof::{Compared, Image, Never, Nothing, Refused, State, Whole};
 
 /// A type: resource manager, `xl_info` of its kind, PostgreSQL's name without its prefix, proof.
 pub type RecordType = (u8, u8, &'static str, Proof);
@@ -63,9 +65,8 @@ pub const RECORD_TYPES: &[RecordType] = &[
     (4, 0x00, "CREATE_FILE_COPY", Whole),
     (4, 0x10, "CREATE_WAL_LOG", Whole),
     (4, 0x20, "DROP", Whole),
-    // The proposer refuses them.
-    (5, 0x00, "CREATE", Never),
-    (5, 0x10, "DROP", Never),
+    (5, 0x00, "CREATE", Refused),
+    (5, 0x10, "DROP", Refused),
     (6, 0x00, "ZERO_OFF_PAGE", State),
     (6, 0x10, "ZERO_MEM_PAGE", State),
     (6, 0x20, "CREATE_ID", State),

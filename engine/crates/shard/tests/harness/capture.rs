@@ -9,7 +9,7 @@ use wal::{Decoder, RECORD_BYTES_MAX, Scanner};
 
 use super::files::Files;
 use crate::{
-    postgres::{Postgres, Server, output},
+    postgres::{Directory, Postgres, Server, output},
     workload,
 };
 
@@ -23,6 +23,8 @@ pub struct Moment {
     pub files: Files,
     /// Resource manager that says how to mask pages, by database and file number (`pg_class`, `pg_am`).
     pub access_methods: BTreeMap<(u32, u32), u8>,
+    /// A stock recovery that was stopped there made the files: what WAL does not define is the same, too.
+    pub is_recovery: bool,
 }
 
 pub struct Capture {
@@ -43,13 +45,7 @@ impl Capture {
     pub fn take(settings: &str, parts: &[Part]) -> Capture {
         let postgres = Postgres::find();
         let directory = postgres.directory();
-        let mut server = postgres.initdb(&directory, "data", &["--data-checksums", "--wal-segsize=4"]);
-        server.append_configuration(settings);
-        workload::move_on(&postgres, &server);
-        // `pg_resetwal` says that WAL was minimal.
-        server.start();
-        server.script("update pg_database set datallowconn = true where datname = 'template0'");
-        server.stop("fast");
+        let mut server = new_server(&postgres, &directory, settings);
         let base = Files::load(&server.data);
 
         let mut ends = Vec::new();
@@ -62,15 +58,23 @@ impl Capture {
             ends.push((Files::load(&server.data), access_methods));
         }
 
-        let wal = read_wal(&server.data.join("pg_wal"), &base);
-        let segment_bytes = u64::from(base.control.segment_bytes);
-        let from = summary_of_shutdown(&base, &wal, segment_bytes);
+        let mut capture = Capture::of(base, &server.data);
         let moments = ends.into_iter().map(|(files, access_methods)| Moment {
-            lsn: summary_of_shutdown(&files, &wal, segment_bytes).record_end,
+            lsn: summary_of_shutdown(&files, &capture.wal, capture.segment_bytes).record_end,
             files,
             access_methods,
+            is_recovery: false,
         });
-        Capture { base, moments: moments.collect(), wal, segment_bytes, from }
+        capture.moments = moments.collect();
+        capture
+    }
+
+    /// A life without moments, of the server whose directory is `data`.
+    pub fn of(base: Files, data: &Path) -> Capture {
+        let wal = read_wal(&data.join("pg_wal"), &base);
+        let segment_bytes = u64::from(base.control.segment_bytes);
+        let from = summary_of_shutdown(&base, &wal, segment_bytes);
+        Capture { base, moments: Vec::new(), wal, segment_bytes, from }
     }
 
     /// Everything that some shard needs of the WAL.
@@ -87,6 +91,18 @@ impl Capture {
         }
         records
     }
+}
+
+/// A server that was shut down, whose WAL can be recovered from here on.
+pub fn new_server<'a>(postgres: &'a Postgres, directory: &Directory, settings: &str) -> Server<'a> {
+    let mut server = postgres.initdb(directory, "data", &["--data-checksums", "--wal-segsize=4"]);
+    server.append_configuration(settings);
+    workload::move_on(postgres, &server);
+    // `pg_resetwal` says that WAL was minimal.
+    server.start();
+    server.script("update pg_database set datallowconn = true where datname = 'template0'");
+    server.stop("fast");
+    server
 }
 
 /// Batches of one shard that are cut where `is_cut` says, after each record.
