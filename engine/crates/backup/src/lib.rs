@@ -11,6 +11,8 @@
 
 extern crate alloc;
 
+mod free_space;
+mod free_space_files;
 mod layout;
 mod plan;
 mod relations;
@@ -18,6 +20,7 @@ mod slru_files;
 mod synthetic_checkpoint;
 mod transaction_ids;
 
+pub use free_space::{FreeSpaceError, compact_free_space, expand_free_space, free_space_map_of};
 pub use plan::{Plan, PlanError, SmallFile, Source, plan};
 pub use relations::{RelationError, RelationFile, RelationPages};
 pub use slru_files::SlruError;

@@ -17,6 +17,8 @@ use shard::{ListingError, MetadataListing};
 use wal::{Fork, RelFileLocator};
 
 use crate::{
+    free_space::free_space_map_of,
+    free_space_files::free_space_files,
     layout::{CONTROL_FILE, DIRECTORIES, VERSION, VERSION_FILE, is_advisory},
     relations::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE, RelationError, RelationFile, directory, relation_files},
     slru_files::{SlruError, metadata_slru, slru_files},
@@ -59,6 +61,8 @@ pub struct Plan {
     pub control: ControlFile,
     /// Paths of files outside WAL that may not be in a PGDATA; the caller says so in its log.
     pub left_out: Vec<String>,
+    /// Paths of free-space maps that the page service keeps for nothing: a writer hands in an empty one, which removes it.
+    pub useless_maps: Vec<String>,
     /// Databases and relations of tablespaces, which have no place in this PGDATA: an access to them is an error of PostgreSQL's,
     /// everything else works. The caller says so in its log.
     pub in_tablespaces: Vec<String>,
@@ -147,7 +151,10 @@ pub fn plan(mut source: Source<'_>) -> Result<Plan, PlanError> {
     let relations = relation_files(forks, &listing.databases, segment_blocks)?;
     let checkpoint = synthetic_checkpoint(&source, &counters, &template)?;
     let control = control(template, &counters, &checkpoint, source.time);
-    let (mut files, left_out) = advisory_files(&listing);
+    let (mut files, mut left_out) = advisory_files(&listing);
+    let maps = free_space_files(&listing.advisory, source.forks);
+    files.extend(maps.files);
+    left_out.extend(maps.left_out);
     files.extend(database_files(&listing));
     files.extend(slru_files(mem::take(&mut listing.slru_pages))?);
     files.extend(two_phase_files(&listing)?);
@@ -162,7 +169,17 @@ pub fn plan(mut source: Source<'_>) -> Result<Plan, PlanError> {
     let mut directories: Vec<String> = DIRECTORIES.iter().copied().map(String::from).collect();
     directories
         .extend(listing.databases.iter().filter_map(|database| directory(*database)).filter(|path| path != "global"));
-    Ok(Plan { directories, files, relations, segment_blocks, checkpoint, control, left_out, in_tablespaces })
+    Ok(Plan {
+        directories,
+        files,
+        relations,
+        segment_blocks,
+        checkpoint,
+        control,
+        left_out,
+        useless_maps: maps.useless,
+        in_tablespaces,
+    })
 }
 
 fn has_directory(relation: RelFileLocator) -> bool {
@@ -224,7 +241,7 @@ fn advisory_files(listing: &MetadataListing) -> (Vec<SmallFile>, Vec<String>) {
     for file in &listing.advisory {
         if is_advisory(&file.name) {
             files.insert(&file.name, &file.contents);
-        } else if file.name != CONTROL_FILE {
+        } else if file.name != CONTROL_FILE && free_space_map_of(&file.name).is_none() {
             left_out.push(file.name.clone());
         }
     }

@@ -29,10 +29,11 @@ pub struct ChangedFile {
 
 /// What shows a change without reading the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stamp {
+pub struct Stamp {
     modified: (i64, i64),
     inode: u64,
-    bytes: u64,
+    /// Length of the file.
+    pub bytes: u64,
 }
 
 /// What the page service is known to have.
@@ -119,7 +120,11 @@ impl AdvisoryFiles {
     }
 }
 
-fn stamp(path: &Path) -> io::Result<Option<Stamp>> {
+/// The stamp of a file that exists.
+///
+/// # Errors
+/// The file system's.
+pub fn stamp(path: &Path) -> io::Result<Option<Stamp>> {
     match fs::metadata(path) {
         Ok(found) => {
             let modified = (found.mtime(), found.mtime_nsec());

@@ -4,6 +4,7 @@
 //! (restoring), a fence or a stop reaches it through [`Mailbox`].
 
 mod cold_start;
+mod free_space;
 mod launch;
 mod run_end;
 
@@ -27,7 +28,6 @@ use self::{
     run_end::{Hurry, RunEnd},
 };
 use crate::{
-    advisory::AdvisoryFiles,
     area::SharedArea,
     base::{self, Base},
     cache::SharedBlocks,
@@ -45,6 +45,7 @@ use crate::{
     restore::{self, RestoreError},
     routes::{GrantRefused, Request},
     session::{Attachment, CoreCommand, CoreEvent, ElectedEvent, KillSlot},
+    shard_map::{ShardMap, ShardMapRefused},
     shared_memory,
     status::{State, Status},
 };
@@ -221,7 +222,7 @@ struct Prepared {
     /// Hint bits must be in WAL for the page service to know them, and no checksums see to it.
     hints_need_wal: bool,
     /// Where its blocks are, and what the page service has of the rest; none where all of it is local.
-    cache: Option<(SharedBlocks, AdvisoryFiles)>,
+    cache: Option<(SharedBlocks, AdvisoryKeeper)>,
 }
 
 /// The agent.
@@ -261,6 +262,9 @@ impl Agent {
         let kept = data_dir.read_grant()?;
         // Of an earlier identity of this directory: worth nothing, and no reason to fail.
         let grant = kept.filter(|grant| grant.writer == settings.config.writer);
+        if let Source::PageService(service) = &settings.source {
+            status.facts().shard_map = Some(service.shard_map());
+        }
         Ok(Self {
             settings,
             data_dir,
@@ -558,8 +562,7 @@ impl Agent {
         let postgres = Postgres::launch(&launch, move |event| mailbox.post(Event::Postgres(run, event)))?;
         *killer.lock().unwrap_or_else(PoisonError::into_inner) = Some(postgres.killer());
         self.metrics.postgres_starts.inc();
-        let advisory = prepared.cache.take().map(|(_, advisory)| advisory);
-        let mut keeper = advisory.map(AdvisoryKeeper::new);
+        let mut keeper = prepared.cache.take().map(|(_, keeper)| keeper);
         let ended = self.supervise(&postgres, &pgdata, keeper.as_mut());
         *killer.lock().unwrap_or_else(PoisonError::into_inner) = None;
         postgres.reap()?;
@@ -603,6 +606,7 @@ impl Agent {
             };
             if ready && let Some(keeper) = &mut keeper {
                 self.keep_advisory(keeper);
+                self.keep_maps(keeper);
             }
             let Some(event) = self.next_event(wait) else {
                 if !ready && postmaster_status(pgdata).as_deref() == Some("ready") {
@@ -698,10 +702,33 @@ impl Agent {
 
     /// An event that the present step does not wait for.
     fn handle_late(&mut self, event: Event) {
-        if let Event::Request(Request::Grant { grant, reply }) = event {
-            let answer = self.take_grant(grant);
-            let _unheard = reply.send(answer);
+        match event {
+            Event::Request(Request::Grant { grant, reply }) => {
+                let answer = self.take_grant(grant);
+                let _unheard = reply.send(answer);
+            }
+            Event::Request(Request::ReplaceShards { map, reply }) => {
+                let answer = self.take_shards(map);
+                let _unheard = reply.send(answer);
+            }
+            _ => {}
         }
+    }
+
+    /// Takes another shard map, for this attempt and those to come.
+    fn take_shards(&mut self, map: ShardMap) -> Result<(), ShardMapRefused> {
+        let Source::PageService(service) = &mut self.settings.source else {
+            return Err(ShardMapRefused::NoPageService);
+        };
+        let mut current = service.shard_map();
+        if !current.replace(map)? {
+            return Ok(());
+        }
+        tracing::info!(version = current.version, shards = current.shards.len(), "the shard map was replaced");
+        service.version = current.version;
+        service.shards.clone_from(&current.shards);
+        self.status.facts().shard_map = Some(current.clone());
+        self.pages_send(PagesCommand::ReplaceShards(current.shards)).map_err(|_| ShardMapRefused::Stopping)
     }
 
     fn take_grant(&mut self, grant: Grant) -> Result<(), GrantRefused> {

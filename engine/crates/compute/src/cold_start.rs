@@ -32,6 +32,11 @@ const FILES_LIMIT: u32 = 1 << 22;
 /// Chunks of 16 MiB that the map has room for: 16 TiB of blocks that were touched. Also no memory until then.
 const CHUNKS_MAX: u32 = 1 << 20;
 
+/// Says what the directory is, to whoever looks into it and to tools that copy it (rsync, tar, file-system backups): it cannot
+/// be read, so that they fail, rather than copy files that are mostly holes. PostgreSQL never touches it; `pg_basebackup`,
+/// which reads through PostgreSQL and is right, skips names that begin like temporary files (`PG_TEMP_FILE_PREFIX`).
+const SENTINEL: &str = "pgsql_tmp.THIS_IS_A_CACHE_NOT_A_DATABASE";
+
 /// A PGDATA that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ColdStartError {
@@ -103,6 +108,9 @@ pub fn write_pgdata(
         }
         give(&path, user)?;
     }
+    let sentinel = draft.join(SENTINEL);
+    OpenOptions::new().write(true).create_new(true).mode(0o000).open(&sentinel).map_err(at(&sentinel))?;
+    give(&sentinel, user)?;
     fs::rename(draft, pgdata).map_err(at(pgdata))?;
     Ok(())
 }

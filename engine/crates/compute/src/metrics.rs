@@ -123,6 +123,10 @@ pub struct Metrics {
     pub postgres_starts: Counter,
     /// Elections begun.
     pub elections: Counter,
+    /// Free-space maps that the page service took.
+    pub maps_handed_in: Counter,
+    /// Free-space maps that are too long for it.
+    pub maps_left_out: Gauge,
     /// 1 for the present state, 0 for the others.
     pub state: Family<StateLabel, Gauge>,
     /// The area of the present PostgreSQL.
@@ -148,6 +152,8 @@ impl Metrics {
             sent_bytes: Counter::default(),
             postgres_starts: Counter::default(),
             elections: Counter::default(),
+            maps_handed_in: Counter::default(),
+            maps_left_out: Gauge::default(),
             state: Family::default(),
             area: Arc::default(),
             blocks: Arc::default(),
@@ -158,6 +164,10 @@ impl Metrics {
         registry.register_with_unit("wal_sent", "WAL sent to safekeepers", Unit::Bytes, metrics.sent_bytes.clone());
         registry.register("postgres_starts", "Starts of PostgreSQL", metrics.postgres_starts.clone());
         registry.register("elections", "Elections begun", metrics.elections.clone());
+        let handed_in = "Free-space maps that the page service took";
+        registry.register("free_space_maps_handed_in", handed_in, metrics.maps_handed_in.clone());
+        let left_out = "Free-space maps that are too long for the page service";
+        registry.register("free_space_maps_left_out", left_out, metrics.maps_left_out.clone());
         registry.register("state", "1 for the agent's present state", metrics.state.clone());
         registry.register_collector(Box::new(ViewCollector {
             view,

@@ -2,17 +2,16 @@
 //!
 //! Knows nothing about connections. `docs/compute.md` describes every key for users.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
-use layers::{HashRange, ShardGeneration, ShardId, Striping};
-use serde::{Deserialize, Deserializer};
+use layers::Striping;
+use serde::Deserialize;
 
-use crate::config::{HostPort, text, text_duration};
+use crate::{
+    config::text_duration,
+    shard_map::{ShardConfig, ShardMap, check_shards},
+};
 
-/// Shards of a lakebase. More would make a shard map of megabytes; nobody has needed a tenth of it.
-const SHARDS_MAX: usize = 4096;
-/// Places of the hash space.
-const HASHES: u64 = 1 << 32;
 /// A cache below this holds less than the blocks that one query may need at once: with `work_mem` sorts and 16 blocks per
 /// read of each of a hundred backends that is a few MiB.
 const CACHE_BYTES_MIN: u64 = 16 << 20;
@@ -33,6 +32,9 @@ pub struct PageServiceConfig {
     /// How long a read waits for the page service before it fails with an I/O error.
     #[serde(default = "default_fill_timeout", deserialize_with = "text_duration")]
     pub fill_timeout: Duration,
+    /// Of the shard map: one that comes later needs a higher one.
+    #[serde(default)]
+    pub version: u64,
     /// The shard map.
     pub shards: Vec<ShardConfig>,
 }
@@ -48,25 +50,6 @@ pub enum Evict {
     Always,
 }
 
-/// `[[page_service.shards]]`.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ShardConfig {
-    /// Its number.
-    #[serde(deserialize_with = "shard")]
-    pub shard: ShardId,
-    /// Generation of its owner; 0: whichever answers.
-    #[serde(default, deserialize_with = "generation")]
-    pub generation: ShardGeneration,
-    /// First place of the hash space.
-    pub begin: u64,
-    /// Behind the last place; at most 2^32.
-    pub end: u64,
-    /// `host:port` of its owner's page protocol.
-    #[serde(deserialize_with = "text")]
-    pub pages: HostPort,
-}
-
 /// `[backpressure]`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -80,13 +63,6 @@ pub struct BackpressureConfig {
 impl Default for BackpressureConfig {
     fn default() -> Self {
         Self { ingest_lag_bytes: 256 << 20, durable_lag_bytes: 4 << 30 }
-    }
-}
-
-impl ShardConfig {
-    /// Its part of the hash space.
-    pub fn range(&self) -> HashRange {
-        HashRange { begin: self.begin, end: self.end }
     }
 }
 
@@ -107,31 +83,12 @@ impl PageServiceConfig {
         if self.cache_bytes != 0 && self.cache_bytes < CACHE_BYTES_MIN {
             return Err(format!("page_service.cache_bytes: must be 0 (no limit) or at least {CACHE_BYTES_MIN}"));
         }
-        if self.shards.is_empty() || self.shards.len() > SHARDS_MAX {
-            return Err(format!("page_service.shards: {} entries; expected 1 to {SHARDS_MAX}", self.shards.len()));
-        }
-        let mut numbers = BTreeSet::new();
-        for shard in &self.shards {
-            if !numbers.insert(shard.shard) {
-                return Err(format!("page_service.shards: shard {} appears twice", shard.shard.0));
-            }
-        }
-        let mut ranges: Vec<(u64, u64)> = self.shards.iter().map(|shard| (shard.begin, shard.end)).collect();
-        ranges.sort_unstable();
-        let mut covered = 0;
-        for (begin, end) in ranges {
-            if begin != covered || end <= begin || end > HASHES {
-                return Err(format!(
-                    "page_service.shards: the range {begin} to {end} does not follow on {covered}: together the ranges must be \
-                     0 to {HASHES}, without gaps and overlaps"
-                ));
-            }
-            covered = end;
-        }
-        if covered != HASHES {
-            return Err(format!("page_service.shards: the ranges end at {covered}, expected {HASHES}"));
-        }
-        Ok(())
+        check_shards(&self.shards).map_err(|error| format!("page_service.shards: {error}"))
+    }
+
+    /// The map that the agent begins with.
+    pub fn shard_map(&self) -> ShardMap {
+        ShardMap { version: self.version, shards: self.shards.clone() }
     }
 }
 
@@ -162,16 +119,10 @@ fn default_fill_timeout() -> Duration {
     Duration::from_secs(60)
 }
 
-fn shard<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ShardId, D::Error> {
-    u32::deserialize(deserializer).map(ShardId)
-}
-
-fn generation<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ShardGeneration, D::Error> {
-    u64::deserialize(deserializer).map(ShardGeneration)
-}
-
 #[cfg(test)]
 mod tests {
+    use layers::ShardGeneration;
+
     use super::*;
 
     const GOOD: &str = r#"

@@ -9,7 +9,11 @@ use std::{
     io,
     pin::pin,
     rc::Rc,
-    sync::mpsc::SyncSender,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc::SyncSender,
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -18,6 +22,7 @@ use driver::{Event, mpsc, now, start_core};
 use futures_util::{
     StreamExt, TryFutureExt,
     future::{select, try_join_all, try_join3},
+    stream,
 };
 use pageclient::{BlockRead, ClientConfig, ForkLengths, Metadata, PageClient, PageError};
 use pgtypes::Lsn;
@@ -27,7 +32,9 @@ use crate::{
     advisory::ChangedFile,
     cache::{Cache, CacheSetup},
     core::CoreEnded,
+    free_space::ChangedMap,
     link::Greeting,
+    shard_map::ShardConfig,
     wal_tail::{TailError, fetch_tail},
 };
 
@@ -37,6 +44,8 @@ const COMMANDS_MAX: usize = 16;
 const BASE_BACKUP_LIMIT: Duration = Duration::from_secs(10);
 /// Reads under way for one [`PagesCommand::Read`].
 const READS_AT_ONCE: usize = 64;
+/// Free-space maps on their way at once.
+const MAPS_AT_ONCE: usize = 16;
 /// How long handing in files may take.
 const HAND_IN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -62,6 +71,8 @@ pub enum PagesCommand {
         /// The answer, in the same order.
         reply: SyncSender<Result<Vec<Vec<u8>>, BaseBackupError>>,
     },
+    /// Shards have other owners, now and in later attempts' maps.
+    ReplaceShards(Vec<ShardConfig>),
     /// PostgreSQL is about to start: serve the blocks that it asks for.
     Serve(Box<CacheSetup>),
     /// PostgreSQL is gone.
@@ -73,12 +84,22 @@ pub enum PagesCommand {
         /// The answer.
         reply: SyncSender<HandedIn>,
     },
+    /// The page service is to keep these free-space maps.
+    HandInMaps {
+        /// Which.
+        maps: Vec<ChangedMap>,
+        /// The answer.
+        reply: SyncSender<HandedInMaps>,
+    },
     /// Nothing more is wanted until the next attempt.
     End,
 }
 
 /// The files that were taken, and why the rest were not.
 pub type HandedIn = (Vec<ChangedFile>, Option<String>);
+
+/// The maps that were taken, and why the rest were not.
+pub type HandedInMaps = (Vec<ChangedMap>, Option<String>);
 
 /// What a PGDATA as of X is made from.
 #[derive(Debug)]
@@ -108,6 +129,7 @@ pub enum BaseBackupError {
 /// The core's handle.
 pub struct Pages {
     commands: mpsc::Sender<PagesCommand>,
+    metadata_connections: Arc<AtomicU64>,
     _thread: JoinHandle<io::Result<()>>,
 }
 
@@ -118,8 +140,16 @@ impl Pages {
     /// The thread cannot be started.
     pub fn start() -> io::Result<Self> {
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
-        let thread = start_core("pages", move || run(received))?;
-        Ok(Self { commands, _thread: thread })
+        let metadata_connections = Arc::new(AtomicU64::new(0));
+        let connections = metadata_connections.clone();
+        let thread = start_core("pages", move || run(received, connections))?;
+        Ok(Self { commands, metadata_connections, _thread: thread })
+    }
+
+    /// How many times the shard that keeps files outside WAL was connected to in this attempt: a new connection may be to one
+    /// that has lost what it got.
+    pub fn metadata_connections(&self) -> u64 {
+        self.metadata_connections.load(Relaxed)
     }
 
     /// Asks for something.
@@ -131,7 +161,7 @@ impl Pages {
     }
 }
 
-async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
+async fn run(mut commands: mpsc::Receiver<PagesCommand>, metadata_connections: Arc<AtomicU64>) {
     let mut client: Option<Rc<PageClient>> = None;
     let mut cache: Option<Rc<Cache>> = None;
     let mut advisory = Rc::new(Advisory::default());
@@ -146,7 +176,7 @@ async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
                 client.iter().for_each(|client| client.connect());
                 advisory = advisory.replaced();
                 if let Some(client) = &client {
-                    driver::spawn(hand_in_again(client.clone(), advisory.clone()));
+                    driver::spawn(hand_in_again(client.clone(), advisory.clone(), metadata_connections.clone()));
                 }
             }
             PagesCommand::BaseBackup { at, safekeepers, greeting, reply } => {
@@ -174,7 +204,26 @@ async fn run(mut commands: mpsc::Receiver<PagesCommand>) {
                 end(&mut cache);
                 cache = client.clone().map(|client| Cache::start(client, *setup));
             }
+            PagesCommand::ReplaceShards(shards) => {
+                if let Some(client) = &client {
+                    if let Err(error) = client.replace_shards(shards.iter().map(ShardConfig::address).collect()) {
+                        unreachable!("the shard map was checked when it came: {error}");
+                    }
+                    client.connect();
+                }
+                cache.iter().for_each(|cache| cache.replace_shards(&shards));
+            }
             PagesCommand::Rest => end(&mut cache),
+            PagesCommand::HandInMaps { maps, reply } => {
+                let client = client.clone();
+                driver::spawn(async move {
+                    let answer = match client {
+                        Some(client) => hand_in_maps(&client, maps).await,
+                        None => (Vec::new(), Some("the attempt is over".to_owned())),
+                    };
+                    let _unheard = reply.try_send(answer);
+                });
+            }
             PagesCommand::HandIn { files, reply } => {
                 let (client, advisory) = (client.clone(), advisory.clone());
                 driver::spawn(async move {
@@ -253,8 +302,9 @@ impl Advisory {
 }
 
 /// Hands everything in again whenever the shard was connected to anew: it may have died, with its memory.
-async fn hand_in_again(client: Rc<PageClient>, advisory: Rc<Advisory>) {
+async fn hand_in_again(client: Rc<PageClient>, advisory: Rc<Advisory>, shown: Arc<AtomicU64>) {
     let mut known = client.metadata_connections();
+    shown.store(known, Relaxed);
     loop {
         {
             let look = || Some(client.metadata_connections()).filter(|connections| *connections != known);
@@ -266,7 +316,8 @@ async fn hand_in_again(client: Rc<PageClient>, advisory: Rc<Advisory>) {
             return;
         }
         known = client.metadata_connections();
-            let names: Vec<&'static str> = advisory.files.borrow().keys().copied().collect();
+        shown.store(known, Relaxed);
+        let names: Vec<&'static str> = advisory.files.borrow().keys().copied().collect();
         for name in names {
             match newest_handed_in(&client, &advisory, name).await {
                 Ok(()) => tracing::info!(name, "the page service was given a file again, after a new connection"),
@@ -303,4 +354,22 @@ async fn hand_in(client: &PageClient, advisory: &Advisory, files: Vec<ChangedFil
         }
     }
     (taken, None)
+}
+
+async fn hand_in_maps(client: &PageClient, maps: Vec<ChangedMap>) -> HandedInMaps {
+    let deadline = now().after(HAND_IN_LIMIT);
+    let put = async |map: ChangedMap| match client.put_advisory(&map.name, &map.contents, deadline).await {
+        Ok(_) => Ok(map),
+        Err(error) => Err(error.to_string()),
+    };
+    let mut answers = stream::iter(maps).map(put).buffer_unordered(MAPS_AT_ONCE);
+    let mut taken = Vec::new();
+    let mut trouble = None;
+    while let Some(answer) = answers.next().await {
+        match answer {
+            Ok(map) => taken.push(map),
+            Err(error) => trouble = trouble.or(Some(error)),
+        }
+    }
+    (taken, trouble)
 }

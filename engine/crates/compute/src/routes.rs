@@ -8,7 +8,7 @@ use axum::{
     extract::State,
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use consensus::Grant;
 use driver::oneshot;
@@ -16,7 +16,10 @@ use identity::{Call, Caller};
 use pgtypes::{ClusterId, Term};
 use serde::Deserialize;
 
-use crate::status::Status;
+use crate::{
+    shard_map::{ShardMap, ShardMapRefused},
+    status::Status,
+};
 
 /// Why a grant is not taken.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -63,6 +66,17 @@ impl GrantRefused {
     }
 }
 
+impl ShardMapRefused {
+    fn code(&self) -> (StatusCode, &'static str) {
+        match self {
+            ShardMapRefused::NoPageService => (StatusCode::CONFLICT, "no_page_service"),
+            ShardMapRefused::Invalid(_) => (StatusCode::BAD_REQUEST, "bad_request"),
+            ShardMapRefused::StaleVersion { .. } => (StatusCode::CONFLICT, "stale_version"),
+            ShardMapRefused::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+        }
+    }
+}
+
 /// What the routes ask of the agent. Bounded by the number of connections that the server takes.
 pub enum Request {
     /// Take a grant.
@@ -71,6 +85,13 @@ pub enum Request {
         grant: Grant,
         /// The answer.
         reply: oneshot::Sender<Result<(), GrantRefused>>,
+    },
+    /// Shards have other owners.
+    ReplaceShards {
+        /// All of them.
+        map: ShardMap,
+        /// The answer.
+        reply: oneshot::Sender<Result<(), ShardMapRefused>>,
     },
     /// Stop PostgreSQL and end.
     Stop,
@@ -88,6 +109,7 @@ pub fn routes(cluster: ClusterId, status: Status, ask: Arc<dyn Fn(Request) + Sen
     Router::new()
         .route("/v1/status", get(show_status))
         .route("/v1/grant", post(take_grant))
+        .route("/v1/shards", put(replace_shards))
         .route("/v1/stop", post(stop))
         .with_state(Shared { cluster, status, ask })
 }
@@ -118,6 +140,21 @@ async fn take_grant(State(shared): State<Shared>, body: Unread) -> Result<Respon
     (shared.ask)(Request::Grant { grant, reply });
     match answer.await {
         Ok(Ok(())) => Ok(Json(serde_json::json!({"term": body.term, "writer": body.writer})).into_response()),
+        Ok(Err(refused)) => {
+            let (status, code) = refused.code();
+            Err(ApiError::new(status, code, refused.to_string()))
+        }
+        Err(_) => Err(ApiError::unavailable("the agent is stopping")),
+    }
+}
+
+async fn replace_shards(State(shared): State<Shared>, body: Unread) -> Result<Response, ApiError> {
+    let map: ShardMap = body.authorized(Call::ReplaceShards, shared.cluster).await?;
+    let shown = serde_json::json!(map);
+    let (reply, answer) = oneshot::channel();
+    (shared.ask)(Request::ReplaceShards { map, reply });
+    match answer.await {
+        Ok(Ok(())) => Ok(Json(shown).into_response()),
         Ok(Err(refused)) => {
             let (status, code) = refused.code();
             Err(ApiError::new(status, code, refused.to_string()))

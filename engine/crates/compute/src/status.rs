@@ -5,7 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pgtypes::{Ballot, Lsn};
 use serde::Serialize;
 
-use crate::metrics::{CoreView, Metrics, StateLabel};
+use crate::{
+    metrics::{CoreView, Metrics, StateLabel},
+    shard_map::ShardMap,
+};
 
 /// Where the agent stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
@@ -71,6 +74,8 @@ pub struct Facts {
     pub last_error: Option<String>,
     /// A record that the engine cannot apply ended PostgreSQL: which.
     pub unsupported_record: Option<String>,
+    /// Where shards are, with the page service.
+    pub shard_map: Option<ShardMap>,
 }
 
 /// What stays.
@@ -121,6 +126,8 @@ struct StatusBody<'a> {
     last_error: Option<&'a str>,
     unsupported_record: Option<&'a str>,
     safekeepers: Vec<SafekeeperBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shard_map: Option<&'a ShardMap>,
     #[serde(skip_serializing_if = "Option::is_none")]
     page_service: Option<PageServiceBody>,
 }
@@ -218,6 +225,7 @@ impl Status {
             last_error: facts.last_error.as_deref(),
             unsupported_record: facts.unsupported_record.as_deref(),
             safekeepers: self.view.members().into_iter().map(member).collect(),
+            shard_map: facts.shard_map.as_ref(),
             page_service: self.page_service(),
         };
         serde_json::json!(body)

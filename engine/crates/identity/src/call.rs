@@ -31,6 +31,8 @@ pub enum Call {
     ComputeStatus,
     /// Compute: hand over a writer grant.
     Grant,
+    /// Compute: say which page servers own which shards.
+    ReplaceShards,
     /// Compute: stop PostgreSQL and the agent.
     StopCompute,
     /// Page server: read pages, lengths and metadata; hold leases.
@@ -45,7 +47,7 @@ pub enum Call {
 
 impl Call {
     /// Every call, in the order of the table.
-    pub const ALL: [Call; 17] = [
+    pub const ALL: [Call; 18] = [
         Call::Propose,
         Call::Peer,
         Call::ReadWal,
@@ -58,6 +60,7 @@ impl Call {
         Call::ChangeMembership,
         Call::ComputeStatus,
         Call::Grant,
+        Call::ReplaceShards,
         Call::StopCompute,
         Call::ReadPages,
         Call::PutAdvisory,
@@ -80,6 +83,7 @@ impl Call {
             Call::ChangeMembership => "change membership",
             Call::ComputeStatus => "compute status",
             Call::Grant => "grant",
+            Call::ReplaceShards => "replace shards",
             Call::StopCompute => "stop compute",
             Call::ReadPages => "read pages",
             Call::PutAdvisory => "put advisory",
@@ -109,6 +113,7 @@ pub const fn allowed(role: Role, call: Call) -> bool {
         | Call::Fence
         | Call::ChangeMembership
         | Call::Grant
+        | Call::ReplaceShards
         | Call::StopCompute
         | Call::TendLayers => matches!(role, Role::Operator),
     }

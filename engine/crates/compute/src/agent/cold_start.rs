@@ -1,6 +1,8 @@
 //! From the end of the log to a PGDATA on an empty disk: the page service says what is in it, and keeps the pages.
 
 use std::{
+    io,
+    path::Path,
     sync::{
         Arc, PoisonError,
         mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
@@ -9,23 +11,28 @@ use std::{
 };
 
 use backup::{Plan, RelationPages, plan};
-use pageclient::{BlockRead, ClientConfig, ShardAddress};
+use pageclient::{BlockRead, ClientConfig};
 use pgtypes::{Ballot, Lsn, SystemId};
 use wal::Fork;
 use wire::page::ReaderRole;
 
-use super::{Agent, AgentError, AttemptError, Event, FINISH_LIMIT, Outcome, Prepared, Source, random, written_to};
+use super::{
+    Agent, AgentError, AttemptError, Event, FINISH_LIMIT, Outcome, Prepared, Source, free_space::MapKeeper, random,
+    written_to,
+};
 use crate::{
     advisory::{AdvisoryFiles, ChangedFile},
     area::SharedArea,
     cache::CacheSetup,
     cold_start,
     core::CoreEnded,
+    free_space::FreeSpaceMaps,
     link::Greeting,
     page_service_config::PageServiceConfig,
     pages::{BaseBackup, HandedIn, PagesCommand},
     restore::{self, RestoreError},
     session::{CoreCommand, CoreEvent, ElectedEvent},
+    shard_map::ShardConfig,
 };
 
 /// How long an answer is waited for before the mailbox is looked at.
@@ -38,18 +45,12 @@ const ASK_AGAIN: Duration = Duration::from_millis(200);
 impl Agent {
     /// Tells the pages' core that an attempt begins: it connects while the votes are under way.
     pub(super) fn begin_pages(&mut self, service: &PageServiceConfig, ballot: Ballot) -> Result<(), CoreEnded> {
-        let shards = service.shards.iter().map(|shard| ShardAddress {
-            shard: shard.shard,
-            generation: shard.generation,
-            range: shard.range(),
-            address: shard.pages.to_string(),
-        });
         let config = ClientConfig {
             log: self.settings.config.log_id(),
             system_id: SystemId::default(),
             role: ReaderRole::Writer { term: ballot.term },
             striping: service.striping(),
-            shards: shards.collect(),
+            shards: service.shards.iter().map(ShardConfig::address).collect(),
             tls: self.settings.tls.clone(),
         };
         self.pages_send(PagesCommand::Begin(Box::new(config)))
@@ -88,7 +89,7 @@ impl Agent {
         cold_start::write_pgdata(&plan, &init_pages, &draft, &pgdata, user, &self.mailbox.interrupted)?;
         let written = started.elapsed();
         let blocks = cold_start::map_of(&plan, service.evict)?;
-        let advisory = AdvisoryFiles::of_cold_start(&pgdata)
+        let keeper = AdvisoryKeeper::of_cold_start(&pgdata, &plan.useless_maps)
             .map_err(|source| RestoreError::Io { path: pgdata.clone(), source })?;
         let control = &plan.control;
         tracing::info!(
@@ -108,7 +109,7 @@ impl Agent {
             continues: Some(written_to(plan.end(), control.checkpoint.timeline)),
             replay_to: None,
             hints_need_wal: control.data_checksum_version == 0,
-            cache: Some((blocks, advisory)),
+            cache: Some((blocks, keeper)),
         }))
     }
 
@@ -305,6 +306,7 @@ impl Agent {
             let (taken, trouble) = answer.recv().map_err(|_| CoreEnded)?;
             keeper.note(&taken, trouble);
         }
+        self.finish_maps(&mut keeper);
         Ok(())
     }
 }
@@ -315,11 +317,19 @@ pub(super) struct AdvisoryKeeper {
     next_look: Instant,
     under_way: Option<Receiver<HandedIn>>,
     said: Option<String>,
+    pub(super) maps: MapKeeper,
 }
 
 impl AdvisoryKeeper {
-    pub(super) fn new(files: AdvisoryFiles) -> Self {
-        Self { files, next_look: Instant::now() + ADVISORY_INTERVAL, under_way: None, said: None }
+    /// Of a PGDATA that was just made from what the page service has.
+    fn of_cold_start(pgdata: &Path, useless_maps: &[String]) -> io::Result<Self> {
+        Ok(Self {
+            files: AdvisoryFiles::of_cold_start(pgdata)?,
+            next_look: Instant::now() + ADVISORY_INTERVAL,
+            under_way: None,
+            said: None,
+            maps: MapKeeper::new(FreeSpaceMaps::of_cold_start(pgdata, useless_maps)?),
+        })
     }
 
     /// Says what is wrong whenever it changes.

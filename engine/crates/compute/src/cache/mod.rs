@@ -36,6 +36,7 @@ use crate::{
     backpressure::Lag,
     metrics::CoreView,
     page_service_config::{BackpressureConfig, PageServiceConfig},
+    shard_map::ShardConfig,
 };
 
 /// How often lag is looked at: page servers report every 100 ms.
@@ -97,6 +98,11 @@ impl Cache {
         driver::spawn(eviction::keep_room(cache.clone()));
         driver::spawn(watch(cache.clone()));
         cache
+    }
+
+    /// Shards have other owners from now on.
+    pub fn replace_shards(&self, shards: &[ShardConfig]) {
+        self.outages.borrow_mut().replace_shards(shards.to_vec());
     }
 
     /// PostgreSQL is gone: nothing is filled or evicted any more.

@@ -9,7 +9,7 @@ use layers::{ShardId, Striping, stripe_hash};
 use pageclient::{BlockRead, PageError};
 use pgtypes::Instant;
 
-use crate::page_service_config::{PageServiceConfig, ShardConfig};
+use crate::{page_service_config::PageServiceConfig, shard_map::ShardConfig};
 
 /// Lost pages that were named. At the bound all are forgotten, and named again when they are read.
 const NAMED_MAX: usize = 4096;
@@ -36,6 +36,12 @@ impl Outages {
             silent: BTreeMap::new(),
             named: BTreeSet::new(),
         }
+    }
+
+    /// Who has which part from now on.
+    pub fn replace_shards(&mut self, shards: Vec<ShardConfig>) {
+        self.silent.retain(|silent, _| shards.iter().any(|shard| shard.shard == *silent));
+        self.shards = shards;
     }
 
     /// A read that began at `began` failed because its shard does not answer as it should.

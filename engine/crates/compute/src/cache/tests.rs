@@ -136,7 +136,7 @@ impl Fixture {
         let shared = SharedBlocks::create(Layout::new(64, 64).expect("sizes")).expect("memory");
         shared.map().initialise(BASE, BASE);
         let file = shared.map().add_file(KEY, blocks, false, &Futex).expect("room");
-        let shard = crate::page_service_config::ShardConfig {
+        let shard = crate::shard_map::ShardConfig {
             shard: ShardId(0),
             generation: ShardGeneration(0),
             begin: 0,
@@ -163,6 +163,7 @@ impl Fixture {
             area: SharedArea::create(16 << 20, 1000).expect("memory"),
             pgdata: pgdata.clone(),
             config: PageServiceConfig {
+                version: 0,
                 stripe_blocks: 2048,
                 cache_bytes,
                 evict: crate::page_service_config::Evict::AsNeeded,
