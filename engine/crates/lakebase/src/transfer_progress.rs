@@ -55,6 +55,10 @@ impl Progress for Terminal {
         let _ = write!(io::stderr(), "\r\x1b[K{text}");
     }
 
+    fn wait(&self, why: &str) {
+        let _ = writeln!(io::stderr(), "lakebase: {why}");
+    }
+
     fn is_interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }

@@ -6,6 +6,8 @@ pub trait Progress: Sync {
     fn begin(&self, what: &str, bytes: u64);
     /// `bytes` more were moved.
     fn advance(&self, bytes: u64);
+    /// Nothing goes on for now, and why.
+    fn wait(&self, why: &str);
     /// Whether the user wants it to end; asked often.
     fn is_interrupted(&self) -> bool;
 }

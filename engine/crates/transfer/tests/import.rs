@@ -46,6 +46,7 @@ struct Silent;
 impl Progress for Silent {
     fn begin(&self, _: &str, _: u64) {}
     fn advance(&self, _: u64) {}
+    fn wait(&self, _: &str) {}
     fn is_interrupted(&self) -> bool {
         false
     }

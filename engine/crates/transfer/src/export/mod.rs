@@ -37,6 +37,8 @@ use crate::{
 
 /// A page server that restarts, and fetches its layers from object storage, is back within this.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// One that is there answers within this: from then on the user hears what is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Page servers are this far behind the log at most, while all is well.
 const LAG_MAX: Duration = Duration::from_secs(10);
 /// How long page servers keep what the export reads, from each renewal on;
@@ -161,24 +163,30 @@ pub async fn run(export: &Export, progress: &dyn Progress) -> Result<Exported, E
 /// Where the page servers are, once all are connected.
 async fn progress_of(client: &PageClient, progress: &dyn Progress) -> Result<PageProgress, ExportError> {
     client.connect();
-    let known = async {
-        loop {
-            if progress.is_interrupted() {
-                return Err(ExportError::Interrupted);
-            }
-            // A shard that connects rings; a signal is looked for now and then.
-            let known = client.progressed().until(|| client.progress());
-            if let Some(known) = driver::timeout(Duration::from_millis(200), known).await {
-                return Ok(known);
-            }
+    let began = driver::now();
+    let mut was_told = false;
+    loop {
+        if progress.is_interrupted() {
+            return Err(ExportError::Interrupted);
         }
-    };
-    match driver::timeout(DEADLINE, known).await {
-        Some(known) => known,
-        None => {
-            // Asked of every shard: the error says whom and why.
-            let error = client.sizes(Lsn::MAX, driver::now()).await.err();
-            Err(ExportError::NotConnected(error.map_or_else(String::new, |error| error.to_string())))
+        // A shard that connects rings; a signal is looked for now and then.
+        let known = client.progressed().until(|| client.progress());
+        if let Some(known) = driver::timeout(Duration::from_millis(200), known).await {
+            return Ok(known);
+        }
+        let waited = driver::now().since(began);
+        let is_late = waited >= DEADLINE;
+        if is_late || (waited >= PATIENCE && !was_told) {
+            // Asked of every shard, for as long as those that are there need to answer: the error says whom and why.
+            let asked = client.sizes(Lsn::MAX, driver::now().after(Duration::from_secs(2))).await;
+            let trouble = asked.err().map_or_else(String::new, |error| error.to_string());
+            if is_late {
+                return Err(ExportError::NotConnected(trouble));
+            }
+            was_told = true;
+            if !trouble.is_empty() {
+                progress.wait(&format!("waiting for page servers, up to {} s: {trouble}", DEADLINE.as_secs()));
+            }
         }
     }
 }
