@@ -13,7 +13,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// The certificate that commands present.
 #[derive(clap::Args, Clone)]
 pub(crate) struct TlsArguments {
-    /// Directory with ca.pem, NAME.pem and NAME.key; without it the URLs must be http://
+    /// Directory with ca.pem, NAME.pem and NAME.key; without it nothing is encrypted, and URLs must be http://
     #[arg(long, value_name = "DIR", requires = "tls_name")]
     tls_dir: Option<PathBuf>,
     /// NAME of the certificate in that directory

@@ -24,7 +24,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use pgtypes::{BranchId, ClusterId};
 
-/// PostgreSQL whose write-ahead log lives on a quorum of safekeepers.
+/// PostgreSQL whose WAL lives on a quorum of safekeepers, and whose pages live in object storage.
 #[derive(Parser)]
 #[command(version, max_term_width = 120, subcommand_required = true, arg_required_else_help = true)]
 struct Arguments {
