@@ -195,7 +195,10 @@ impl Owner {
         let config = &self.process.config.ingest;
         let is_large = self.state.borrow().open().bytes() >= config.freeze_bytes;
         let is_old = self.open_since.get().is_some_and(|since| driver::now().since(since) >= config.freeze_interval);
-        if is_large || is_old {
+        // Without values it has no age; but as long as it is open, safekeepers keep all WAL that it answers for.
+        let span = self.ingested().bytes_since(self.state.borrow().open().lsns().after);
+        let is_long = self.open_since.get().is_none() && span >= config.freeze_bytes;
+        if is_large || is_old || is_long {
             self.freeze();
         }
     }
