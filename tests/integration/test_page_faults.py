@@ -351,16 +351,24 @@ def test_the_disk_of_a_page_server_may_be_full() -> None:
             cluster.expect_log("not take (a layer|layers)", "compaction", "No space")
             writer = cluster.start_writer(_QUIET)
 
-            def durable() -> bool:
+            def durable(connection: Connection) -> None:
+                """Waits until all of it is in object storage; a database in use writes now and then."""
                 end = max(cluster.positions("commit_lsn"))
-                return lsn_of(page_server.status()["durable_lsn"]) >= end and not page_server.status()["troubles"]
+
+                def reached() -> bool:
+                    connection.execute("insert into beats values (1)")
+                    status = page_server.status()
+                    return lsn_of(status["durable_lsn"]) >= end and not status["troubles"]
+
+                wait_for("all to be durable", reached, 90)
 
             with writer.connect() as connection:
                 connection.execute("create table t (i int, note text)")
+                connection.execute("create table beats (i int)")
                 fill(connection, "t")
                 disk.fill()
                 fill(connection, "t")
-                wait_for("all to be durable by way of a full disk", durable, 60)
+                durable(connection)
                 assert page_server.figure("evictions_total") > 0
                 with storage_outage(cluster, "away"):
                     for _ in range(4):
@@ -373,7 +381,7 @@ def test_the_disk_of_a_page_server_may_be_full() -> None:
                     # Memory is no place for much of it: ingest waits then, and commits do not.
                     connection.execute("insert into t values (0, '')")
                 disk.empty()
-            wait_for("all to be durable again", durable, 60)
+                durable(connection)
             writer.process.kill()
             successor = cluster.start_writer(_QUIET)
             assert count(successor, "select sum(length(note)) from t") == 6 * 500 * _ROWS
@@ -403,3 +411,27 @@ def test_the_disk_of_a_compute_may_be_smaller_than_the_database() -> None:
             assert writer.state() == "running"
             amcheck(writer.port, ["postgres"])
             writer.process.kill()
+
+
+def test_a_shard_without_work_does_not_keep_wal() -> None:
+    """Its durable position stood still, since a layer without values had no age: safekeepers kept all WAL for it, and the
+    writer was slowed for a lag that nobody could end."""
+    settings = PageServiceSettings(shards=4, freeze_bytes="1MiB", freeze_interval="1s")
+    with LocalCluster(page_service=settings) as cluster:
+        cluster.expect_log("no connection to the page server")
+        writer = cluster.start_writer(_QUIET)
+        with writer.connect() as connection:
+            table = table_of(connection, cluster.page_servers[2])
+            fill(connection, table)
+        end = max(cluster.positions("commit_lsn"))
+        for page_server in cluster.page_servers:
+            wait_for(
+                f"{page_server.name} to have brought nearly all to object storage",
+                lambda page_server=page_server: lsn_of(page_server.status()["durable_lsn"]) >= end - 2 * _MIB,
+                30,
+            )
+        for page_server in cluster.page_servers:
+            restart(cluster, page_server, disk=False, meanwhile=lambda: None)
+        writer.process.kill()
+        successor = cluster.start_writer(_QUIET)
+        assert count(successor, f"select sum(length(note)) from {table}") == 500 * _ROWS
