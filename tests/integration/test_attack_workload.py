@@ -13,8 +13,8 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from lakebase_testing.cluster import LocalCluster, Writer
-from lakebase_testing.page_service import PageServiceSettings
+from lakebase_testing.cluster import LocalCluster, Writer, lsn_of
+from lakebase_testing.page_service import PageServer, PageServiceSettings
 from lakebase_testing.postgres import Connection, amcheck, number
 from lakebase_testing.waiting import wait_for
 
@@ -24,6 +24,15 @@ NO_CACHE = PageServiceSettings(shards=4, stripe_blocks=16, evict="always", inges
 SMALL_CACHE = PageServiceSettings(
     shards=3, stripe_blocks=64, cache_bytes=16 << 20, freeze_bytes="1MiB", freeze_interval="1s"
 )
+TINY_LAYERS = PageServiceSettings(
+    shards=2, stripe_blocks=16, cache_bytes=16 << 20, freeze_bytes="128KiB", freeze_interval="1s"
+)
+# Of each page server: layers are merged, imaged and removed all the time, and hardly any history is kept.
+SHORT_HISTORY = """
+[retention]
+history_bytes = "1MiB"
+lease_period = "1s"
+"""
 
 _INDEXES = (
     "using btree (note)",
@@ -180,11 +189,21 @@ def run_round(cluster: LocalCluster, writer: Writer, workers: list[Worker], chan
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "settings", [pytest.param(NO_CACHE, id="no cache"), pytest.param(SMALL_CACHE, id="small cache")]
+    "settings",
+    [
+        pytest.param(NO_CACHE, id="no cache"),
+        pytest.param(SMALL_CACHE, id="small cache"),
+        pytest.param(TINY_LAYERS, id="tiny layers"),
+    ],
 )
 @pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("LAKEBASE_ATTACK_SEEDS", "1"))))
-def test_every_compute_has_what_was_acknowledged(settings: PageServiceSettings, seed: int) -> None:
+def test_every_compute_has_what_was_acknowledged(
+    settings: PageServiceSettings, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compute after compute on an empty disk: rows, indexes and what amcheck says."""
+    if settings is TINY_LAYERS:
+        usual = PageServer.configuration
+        monkeypatch.setattr(PageServer, "configuration", lambda server: usual(server) + SHORT_HISTORY)
     chance = random.Random(seed)
     workers = [Worker(n, seed * 100 + n) for n in range(WORKERS)]
     parameters = {
@@ -210,3 +229,7 @@ def test_every_compute_has_what_was_acknowledged(settings: PageServiceSettings, 
                     worker.check(connection)
             amcheck(writer.port, ["postgres"])
         assert sum(worker.transactions for worker in workers) >= 60 * ROUNDS
+        if settings is TINY_LAYERS:
+            for page_server in cluster.page_servers:
+                horizon, first = (lsn_of(page_server.status()[key]) for key in ("horizon_lsn", "durable_lsn"))
+                assert 0 < horizon < first
