@@ -194,6 +194,14 @@ def lose_object_storage(scene: Scene) -> str:
     return scene.cluster.object_storage
 
 
+def silence_object_storage(scene: Scene) -> str:
+    """Requests are taken, and not answered for a while."""
+    with storage_outage(scene.cluster, "silent"):
+        scene.pause()
+        scene.pause()
+    return scene.cluster.object_storage
+
+
 def lose_object_storage_and_page_server(scene: Scene) -> str:
     """A page server dies while object storage is away, and its successor is there before that comes back."""
     victim = scene.page_server()
@@ -243,4 +251,9 @@ PAGE_KINDS: dict[str, Callable[[Scene], str]] = {
     "lose object storage": lose_object_storage,
     "lose object storage and page server": lose_object_storage_and_page_server,
     "fill disk of page server": fill_disk,
+}
+
+# Where object storage is a server.
+S3_KINDS: dict[str, Callable[[Scene], str]] = {
+    "silence object storage": silence_object_storage,
 }

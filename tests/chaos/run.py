@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from chaos import verdict
 from chaos.checks import Checks
-from chaos.kinds import KINDS, PAGE_KINDS, Scene
+from chaos.kinds import KINDS, PAGE_KINDS, S3_KINDS, Scene
 from lakebase_testing.clients import Auditor, Inserters, Pgbench, create_table
 from lakebase_testing.cluster import LocalCluster, Writer
 from lakebase_testing.faults import SmallDisk, without_io_uring
@@ -52,7 +52,9 @@ class Plan:
     @property
     def kinds(self) -> dict[str, Callable[[Scene], str]]:
         """What can go wrong."""
-        return KINDS | PAGE_KINDS if self.page_servers else KINDS
+        if self.page_servers == 0:
+            return KINDS
+        return KINDS | PAGE_KINDS | (S3_KINDS if self.object_storage == "s3" else {})
 
     @property
     def settings(self) -> dict[str, str]:
