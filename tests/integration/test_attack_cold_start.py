@@ -246,6 +246,56 @@ def test_persistence_changes_back_and_forth() -> None:
             amcheck(writer.port, ["postgres"])
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_prepared_transaction_makes_and_drops_relations_after_a_cold_start(end: str) -> None:
+    """The files to remove are in the state of the transaction, which only a file made from the log holds; more than 64
+    subtransactions, locks on rows and a sequence come along."""
+    parameters = {"max_prepared_transactions": "2", "shared_buffers": "1MB"}
+    with LocalCluster(page_service=PageServiceSettings(shards=3, stripe_blocks=16)) as cluster:
+        writer = cluster.start_writer(parameters)
+        with writer.connect() as connection:
+            for name in ("dropped", "emptied", "locked"):
+                connection.execute(f"create table {name} (i int primary key, note text)".encode())
+                connection.execute(
+                    f"insert into {name} select i, repeat('x', 300) from generate_series(1, 3000) i".encode()
+                )
+            files = value(connection, "select pg_relation_filepath('emptied')")
+            connection.execute("begin")
+            connection.execute("create table made as select i, repeat('y', 300) note from generate_series(1, 3000) i")
+            connection.execute("drop table dropped")
+            connection.execute("truncate emptied")
+            connection.execute("select * from locked where i <= 10 for update")
+            for i in range(100):
+                connection.execute(f"savepoint s{i}".encode())
+                connection.execute("insert into made values (%s, 'sub')", (10_000 + i,))
+            connection.execute("prepare transaction 'p'")
+            connection.execute("insert into locked values (5000, 'other')")
+        for _ in range(2):
+            writer = restarted(cluster, writer, parameters)
+        with writer.connect() as connection:
+            connection.execute("set lock_timeout = '200ms'")
+            for statement in ("delete from locked where i = 5", "select * from dropped", "select * from emptied"):
+                with pytest.raises(psycopg.errors.LockNotAvailable):
+                    connection.execute(statement.encode())
+            connection.execute(f"{end} prepared 'p'".encode())
+        is_committed = end == "commit"
+        for _ in range(2):
+            with writer.connect() as connection:
+                assert (value(connection, "select to_regclass('made')::text") is not None) == is_committed
+                assert (value(connection, "select to_regclass('dropped')::text") is None) == is_committed
+                assert number(connection, "select count(*) from emptied") == (0 if is_committed else 3000)
+                assert (value(connection, "select pg_relation_filepath('emptied')") != files) == is_committed
+                if is_committed:
+                    assert number(connection, "select count(*) from made") == 3100
+                    assert number(connection, "select count(*) from made where note = 'sub'") == 100
+                else:
+                    assert number(connection, "select count(*) from dropped") == 3000
+                connection.execute("update locked set note = note || 'z' where i <= 10")
+                assert number(connection, "select count(*) from locked") == 3001
+            amcheck(writer.port, ["postgres"])
+            writer = restarted(cluster, writer, parameters)
+
+
 @pytest.mark.parametrize("evict", ["always", "as_needed"])
 def test_a_database_number_is_used_again_and_again(evict: Literal["always", "as_needed"]) -> None:
     """Every file of the dropped database has the name of one of the new: nothing of the old may shine through, neither from the
