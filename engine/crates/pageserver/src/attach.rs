@@ -4,14 +4,14 @@ use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration
 
 use layers::{Edit, KeyKind, LayerId, LayerMap, Manifest};
 use pgtypes::Lsn;
-use remote_storage::{RemoteStorage, ShardError, ShardOwner, ShardStore};
+use remote_storage::{ClaimNonce, RemoteStorage, ShardError, ShardOwner, ShardStore};
 use shard::{Ingest, StripeSize};
 
 use crate::{
-    data_dir::DataDir,
+    data_dir::{Claim, DataDir},
     feed::register,
     flush::ownership_lost,
-    layer_files::{LayerFault, LayerFiles},
+    layer_files::{Bounds, LayerFault, LayerFiles},
     owner::{Owner, Parts},
     process::Process,
     read::ReadFault,
@@ -41,7 +41,7 @@ pub async fn attach(
     let reader = ShardStore::new(storage, config.log(), config.shard());
     let first = newest_manifest(process, &reader).await?;
     check(process, &first)?;
-    register(
+    let term = register(
         config,
         process.tls.as_ref(),
         first.system_id,
@@ -50,13 +50,19 @@ pub async fn attach(
         || process.is_stopping(),
     )
     .await?;
-    let store = Rc::new(claim(process, &reader, data_dir).await?);
+    let (store, first_number) = claim(process, &reader, data_dir).await?;
+    let store = Rc::new(store);
     // Only now nobody older writes a newer one that counts.
     let manifest = newest_manifest(process, &reader).await?;
     check(process, &manifest)?;
-    let next_number = next_number(process, &store, &manifest).await?;
+    let next_number = next_number(process, &store, &manifest, first_number).await?;
 
-    let files = LayerFiles::new(data_dir.layers(), reader, config.cache_bytes, process.metrics.clone());
+    let files = LayerFiles::new(
+        data_dir.layers(),
+        reader,
+        Bounds { local_bytes: config.cache_bytes, block_bytes: config.block_cache_bytes },
+        process.metrics.clone(),
+    );
     let mut map = LayerMap::new(config.range().keys(), manifest.horizon);
     let edit = Edit { remove: Vec::new(), add: manifest.layers.clone() };
     map.apply(&edit).map_err(|error| StartError::Manifest(error.to_string()))?;
@@ -77,6 +83,8 @@ pub async fn attach(
     metrics.layers.set(layers.len() as i64);
     let parts = Parts { process: process.clone(), store, files, manifest, state, next_number };
     let owner = Rc::new(Owner::new(parts));
+    // Before the first reader: a writer whose term is over must not get in before WAL does.
+    owner.hear(term, owner.commit_lsn());
     load_indexes(&owner, layers.iter().map(|layer| layer.id).collect()).await?;
     load_ingest(&owner).await?;
     Ok(owner)
@@ -130,36 +138,49 @@ fn check(process: &Process, manifest: &Manifest) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Claims the generation, or claims it again if this disk has done so before.
-async fn claim(process: &Process, store: &ShardStore, data_dir: &DataDir) -> Result<ShardOwner, StartError> {
+/// Claims the generation, or goes on with the claim if this disk has made it; also returns the first number that no layer of an
+/// earlier life has.
+async fn claim(process: &Process, store: &ShardStore, data_dir: &DataDir) -> Result<(ShardOwner, u64), StartError> {
     let generation = process.config.generation();
-    let is_ours = data_dir.claimed().map_err(StartError::DataDir)? == Some(generation);
-    if !is_ours {
-        // Before the claim: a crash in between must not lock the owner of the disk out.
-        data_dir.set_claimed(generation).map_err(StartError::DataDir)?;
-    }
+    let known = data_dir.claim().map_err(StartError::DataDir)?.filter(|known| known.generation == generation);
+    let mine = match known {
+        // What that life has on its way may still arrive: its numbers are not given again.
+        Some(known) => Claim { life: known.life + 1, ..known },
+        None => {
+            let no_random = |error| StartError::Internal(format!("random number: {error}"));
+            Claim { generation, nonce: ClaimNonce::random().map_err(no_random)?, life: 0 }
+        }
+    };
+    // Before the claim: a crash in between must not lock the owner of the disk out.
+    data_dir.set_claim(&mine).map_err(StartError::DataDir)?;
     loop {
         let claimed = match store.newest_claim().await {
-            Ok(newest) if is_ours && newest == Some(generation) => store.claim_again(generation).await,
-            Ok(_) => store.claim(generation).await,
+            // The claim of an earlier life, of an attempt that seemed to fail, or of another disk: its nonce tells.
+            Ok(newest) if newest == Some(generation) => store.claim_again(generation, mine.nonce).await,
+            Ok(_) => store.claim_as(generation, mine.nonce).await,
             Err(error) => Err(error.into()),
         };
         match claimed {
-            Ok(owner) => return Ok(owner),
+            Ok(owner) => return Ok((owner, mine.first_number())),
             Err(error) => pause(process, &error).await?,
         }
     }
 }
 
-/// The first number that no layer of this owner has: an earlier life may have uploaded some that no manifest names.
-async fn next_number(process: &Process, store: &ShardStore, manifest: &Manifest) -> Result<u64, StartError> {
+/// The first number that no layer of this owner has, and no upload of an earlier life: at least `first`.
+async fn next_number(
+    process: &Process,
+    store: &ShardStore,
+    manifest: &Manifest,
+    first: u64,
+) -> Result<u64, StartError> {
     let generation = process.config.generation();
     let named = if manifest.generation == generation { manifest.next_layer } else { 1 };
     loop {
         match store.list_layers().await {
             Ok(layers) => {
                 let mine = layers.iter().filter(|(layer, _)| layer.generation == generation);
-                return Ok(mine.map(|(layer, _)| layer.number + 1).fold(named.max(1), u64::max));
+                return Ok(mine.map(|(layer, _)| layer.number + 1).fold(named.max(first), u64::max));
             }
             Err(error) => pause(process, &error.into()).await?,
         }
@@ -180,7 +201,8 @@ fn take_stock(data_dir: &DataDir, manifest: &Manifest, files: &LayerFiles) -> Re
     Ok(())
 }
 
-/// Loads the indexes of all layers. One that is lost is named, and one that is not to be had now is loaded when it is needed.
+/// Loads the indexes of the layers, as many as are kept. One that is lost is named, and one that is not to be had now is loaded
+/// when it is needed.
 async fn load_indexes(owner: &Owner, layers: Vec<LayerId>) -> Result<(), StartError> {
     for some in layers.chunks(INDEXES_AT_A_TIME) {
         let loads = some.iter().map(|layer| owner.need_index(*layer));
@@ -189,6 +211,9 @@ async fn load_indexes(owner: &Owner, layers: Vec<LayerId>) -> Result<(), StartEr
         }
         if owner.is_stopping() {
             return Err(StartError::Stopped);
+        }
+        if owner.state.borrow().indexes().bytes() > owner.process.config.index_cache_bytes {
+            break;
         }
     }
     Ok(())

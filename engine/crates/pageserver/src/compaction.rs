@@ -131,6 +131,8 @@ impl Owner {
         let asked = KeyRange { begin: Key::first_of_hash(keys.begin.hash()), end: keys.end };
         let below: Vec<_> =
             map.layers().filter(|layer| !layer.keys.intersection(&asked).is_empty()).map(|layer| layer.id).collect();
+        // Kept from here on: loading all of them may take longer than an index stays that does not fit into its memory.
+        let mut indexes = IndexTable::default();
         for layer in &below {
             if self.state.borrow().indexes().index(*layer).is_none() {
                 match self.need_index(*layer).await {
@@ -139,13 +141,16 @@ impl Owner {
                     Err(fault) => return Err(fault.into()),
                 }
             }
+            if let Some(index) = self.state.borrow().indexes().get(*layer) {
+                indexes.insert(*layer, index);
+            }
         }
         let first = self.identity(self.take_numbers(NUMBERS_RESERVED));
         let job = Job {
             source: Source {
                 directory: self.files.directory().to_owned(),
                 store: (**self.store).clone(),
-                indexes: self.state.borrow().indexes().of(below),
+                indexes,
                 map,
                 striping: self.striping,
                 files: RefCell::default(),

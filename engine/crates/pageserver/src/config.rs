@@ -45,6 +45,12 @@ pub struct Config {
     /// Limit of the local layer files that are in object storage, too; 0 is none.
     #[serde(default = "default_cache", deserialize_with = "size")]
     pub cache_bytes: u64,
+    /// Memory for unpacked blocks of layers; a block has up to 32 KiB, and one that takes an eighth of it is not kept.
+    #[serde(default = "default_block_cache", deserialize_with = "size")]
+    pub block_cache_bytes: u64,
+    /// Memory for indexes of layers; more than that are in memory only while they are in use.
+    #[serde(default = "default_index_cache", deserialize_with = "size")]
+    pub index_cache_bytes: u64,
     /// Form of the log lines; the command line sets the log up from it.
     #[serde(default)]
     pub log_format: LogFormat,
@@ -136,6 +142,10 @@ pub struct IngestConfig {
     /// Layers that object storage does not have yet, at most; ingest waits at it.
     #[serde(deserialize_with = "size")]
     pub backlog_bytes_max: u64,
+    /// What `CREATE DATABASE ... STRATEGY FILE_COPY` may copy on this shard, in memory until it is written; ingest stops before
+    /// one that is larger.
+    #[serde(deserialize_with = "size")]
+    pub copy_bytes_max: u64,
     /// Compacted layers end at about this size.
     #[serde(deserialize_with = "size")]
     pub layer_bytes_target: u64,
@@ -149,6 +159,7 @@ impl Default for IngestConfig {
             freeze_bytes: 64 << 20,
             freeze_interval: Duration::from_secs(60),
             backlog_bytes_max: 4 << 30,
+            copy_bytes_max: 4 << 30,
             layer_bytes_target: 128 << 20,
             test_ingest_delay_ms: 0,
         }
@@ -255,6 +266,9 @@ impl Config {
         if ingest.backlog_bytes_max < ingest.freeze_bytes {
             return Err("ingest.backlog_bytes_max: at least ingest.freeze_bytes".to_owned());
         }
+        if self.block_cache_bytes < 1 << 20 {
+            return Err("block_cache_bytes: at least \"1MiB\"".to_owned());
+        }
         if ingest.layer_bytes_target < 1 << 16 {
             return Err("ingest.layer_bytes_target: at least \"64KiB\"".to_owned());
         }
@@ -307,6 +321,16 @@ impl TlsConfig {
 /// 64 GiB.
 fn default_cache() -> u64 {
     64 << 30
+}
+
+/// 64 MiB: read-ahead of some thousand stripes; PostgreSQL and the block map keep what is hot.
+fn default_block_cache() -> u64 {
+    64 << 20
+}
+
+/// 1 GiB: 100 GB of pages in image layers, with some millions of records.
+fn default_index_cache() -> u64 {
+    1 << 30
 }
 
 fn text<'de, T: FromStr<Err: std::fmt::Display>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
@@ -412,6 +436,7 @@ mod tests {
             ("pages = \"127.0.0.1:7101\"", "pages = \"127.0.0.1:7103\"", "listen.pages"),
             ("mode = \"required\"", "mode = \"off\"", "i_know_this_is_insecure"),
             ("ca = \"certs/ca.pem\"", "", "needs ca"),
+            ("cluster =", "block_cache_bytes = \"1KiB\"\ncluster =", "block_cache_bytes"),
             ("[tls]", "[ingest]\nfreeze_bytes = \"1KiB\"\n[tls]", "freeze_bytes"),
             ("[tls]", "[ingest]\nbacklog_bytes_max = \"1MiB\"\n[tls]", "backlog_bytes_max"),
             ("[tls]", "[retention]\nhistory_bytes = \"soon\"\n[tls]", "history_bytes"),

@@ -15,6 +15,7 @@ use std::{
 
 use layers::{LayerId, ShardGeneration, ShardId};
 use pgtypes::LogId;
+use remote_storage::ClaimNonce;
 
 /// Version of the layout that this program writes and reads.
 const FORMAT: u32 = 1;
@@ -30,6 +31,36 @@ pub struct DataDir {
     root: PathBuf,
     /// Holds the lock until the process ends.
     _lock: File,
+}
+
+/// An ownership as the disk knows it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Claim {
+    /// Which.
+    pub generation: ShardGeneration,
+    /// What the claim in object storage says if it is this disk's.
+    pub nonce: ClaimNonce,
+    /// Starts of the process as this owner before this one.
+    pub life: u64,
+}
+
+/// Numbers of layers that one life of an owner may take. It takes a million ahead for each compaction.
+const NUMBERS_OF_A_LIFE: u64 = 1 << 40;
+
+impl Claim {
+    /// The first number of a layer that this life may give. What an earlier one still has on its way never has it.
+    pub fn first_number(&self) -> u64 {
+        (self.life * NUMBERS_OF_A_LIFE).max(1)
+    }
+
+    fn parse(text: &str) -> Option<Claim> {
+        let mut words = text.split_ascii_whitespace();
+        let mut word = || words.next();
+        let (generation, nonce, life) = (word()?.parse().ok()?, word()?.parse().ok()?, word()?.parse().ok()?);
+        // Of 2^24 lives the numbers would not fit.
+        let is_sound = words.next().is_none() && life < 1 << 24;
+        is_sound.then_some(Claim { generation: ShardGeneration(generation), nonce, life })
+    }
 }
 
 /// The data directory cannot be used.
@@ -117,17 +148,20 @@ impl DataDir {
         self.root.join("layers")
     }
 
-    /// The generation that was granted to this disk.
+    /// The ownership that was granted to this disk, as its last life left it.
     ///
     /// # Errors
     /// The file that says so cannot be read, or makes no sense.
-    pub fn claimed(&self) -> Result<Option<ShardGeneration>, DataDirError> {
+    pub fn claim(&self) -> Result<Option<Claim>, DataDirError> {
         let path = self.root.join("generation");
         match fs::read_to_string(&path) {
-            Ok(text) => match text.trim_end().parse() {
-                Ok(generation) => Ok(Some(ShardGeneration(generation))),
-                Err(_) => {
-                    Err(DataDirError::Inconsistent { path, reason: format!("{text:?} is no number of a generation") })
+            Ok(text) => match Claim::parse(&text) {
+                Some(claim) => Ok(Some(claim)),
+                None => {
+                    let reason = format!(
+                        "{text:?} is no generation, nonce and life; a disk that is emptied gets all of it again"
+                    );
+                    Err(DataDirError::Inconsistent { path, reason })
                 }
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -135,17 +169,15 @@ impl DataDir {
         }
     }
 
-    /// Remembers that a generation was granted to this disk.
+    /// Remembers the ownership that was granted to this disk.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn set_claimed(&self, generation: ShardGeneration) -> Result<(), DataDirError> {
+    pub fn set_claim(&self, claim: &Claim) -> Result<(), DataDirError> {
         let path = self.root.join("generation");
-        write_durably(&self.root, &path, &format!("{}\n", generation.0)).map_err(|source| DataDirError::Io {
-            path,
-            action: "write",
-            source,
-        })
+        let Claim { generation, nonce, life } = claim;
+        write_durably(&self.root, &path, &format!("{} {nonce} {life}\n", generation.0))
+            .map_err(|source| DataDirError::Io { path, action: "write", source })
     }
 
     /// Removes a layer file.
@@ -250,6 +282,18 @@ pub fn sync_directory(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_life_of_an_owner_has_numbers_of_its_own() {
+        let claim = Claim { generation: ShardGeneration(5), nonce: ClaimNonce(0xF0), life: 3 };
+        assert_eq!(Some(claim), Claim::parse("5 00000000000000f0 3\n"));
+        assert_eq!(1, Claim { life: 0, ..claim }.first_number());
+        assert!(Claim { life: 2, ..claim }.first_number() + NUMBERS_OF_A_LIFE <= claim.first_number());
+        assert!(Claim { life: (1 << 24) - 1, ..claim }.first_number() <= u64::MAX - NUMBERS_OF_A_LIFE + 1);
+        for text in ["", "5", "5 f0", "5 f0 x", "5 f0 3 4", "5 f0 16777216"] {
+            assert_eq!(None, Claim::parse(text), "{text}");
+        }
+    }
 
     #[test]
     fn the_name_of_a_file_is_its_layer_and_back() {

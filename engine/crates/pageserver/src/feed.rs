@@ -4,22 +4,21 @@
 use std::{cell::Cell, io, rc::Rc, time::Duration};
 
 use driver::{Closer, Connection, Writer};
-use filter::{Batch, WalFilter};
 use futures_util::{StreamExt, future::Either, stream::FuturesUnordered};
 use identity::{Call, Caller, NotAllowed, Role};
-use pgtypes::{FrameSummary, Instant, Lsn};
-use remote_storage::{ARCHIVE_SEGMENT_BYTES, WalArchive};
+use pgtypes::{FrameSummary, Instant, Lsn, Term};
+use wal::WalError;
 use wire::append::{
     BatchAssembler, ErrorCode, FeedProgress, FrameReader, Hello, Message, Purpose, WireError, decode, encode_to_vec,
 };
 
-use crate::{ingest::IngestError, owner::Owner, start::StartError};
+use crate::{archive::from_archive, ingest::IngestError, owner::Owner, start::StartError};
 
 /// Connecting, the TLS handshake, and the first batch each end after this.
 pub(crate) const STEP_LIMIT: Duration = Duration::from_secs(5);
 
 /// A safekeeper speaks at least five times a second; one that was silent for so long is left.
-const SILENCE_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(3);
 
 /// Before a safekeeper is called silent its socket is looked at again for so long: this process may itself have been kept from
 /// running, and then the timer is over, too, although bytes are there.
@@ -53,6 +52,9 @@ pub enum FeedError {
     /// It says why it does not go on.
     #[error("refused: {1}")]
     Refused(ErrorCode, String),
+    /// What it sent is no WAL.
+    #[error("it sent no WAL: {0}")]
+    Wal(#[from] WalError),
     /// What it sent cannot be taken in.
     #[error(transparent)]
     Ingest(#[from] IngestError),
@@ -83,7 +85,7 @@ impl FeedError {
     fn reason(&self) -> &'static str {
         match self {
             FeedError::Io(_) => "io",
-            FeedError::Wire(_) | FeedError::Unexpected => "protocol",
+            FeedError::Wire(_) | FeedError::Wal(_) | FeedError::Unexpected => "protocol",
             FeedError::Identity(_) => "identity",
             FeedError::Refused(..) => "refused",
             FeedError::Ingest(_) => "ingest",
@@ -139,7 +141,8 @@ pub async fn follow(owner: Rc<Owner>) {
     }
 }
 
-/// Announces this ownership to a majority of the safekeepers, so that no older one gets WAL any more.
+/// Announces this ownership to a majority of the safekeepers, so that no older one gets WAL any more. Returns the highest term
+/// among them: every fence before this call is known to one of a majority.
 ///
 /// # Errors
 /// A newer owner is known, or the process is ending.
@@ -150,7 +153,7 @@ pub async fn register(
     stripe_blocks: u32,
     mut report: impl FnMut(String),
     is_stopping: impl Fn() -> bool,
-) -> Result<(), StartError> {
+) -> Result<Term, StartError> {
     let majority = config.safekeepers.len() / 2 + 1;
     let hello = Hello {
         log: config.log(),
@@ -170,7 +173,7 @@ pub async fn register(
             .iter()
             .map(|safekeeper| async { (announce(hello, &safekeeper.append, tls).await, &safekeeper.append) })
             .collect();
-        let mut known = 0;
+        let (mut known, mut term) = (0, Term::default());
         // One that is slow or gone is not waited for.
         while known < majority
             && let Some((answer, address)) = asked.next().await
@@ -178,11 +181,11 @@ pub async fn register(
             match answer {
                 Err(FeedError::Refused(ErrorCode::StaleGeneration, text)) => return Err(StartError::Superseded(text)),
                 Err(error) => report(format!("{address}: {error}")),
-                Ok(()) => known += 1,
+                Ok(of_safekeeper) => (known, term) = (known + 1, term.max(of_safekeeper)),
             }
         }
         if known >= majority {
-            return Ok(());
+            return Ok(term);
         }
         if is_stopping() {
             return Err(StartError::Stopped);
@@ -192,14 +195,14 @@ pub async fn register(
     }
 }
 
-async fn announce(hello: Hello, address: &str, tls: Option<&identity::Tls>) -> Result<(), FeedError> {
+async fn announce(hello: Hello, address: &str, tls: Option<&identity::Tls>) -> Result<Term, FeedError> {
     let attempt = async {
         let mut connection = open(hello, address, tls).await?;
         let mut frames = FrameReader::new();
         loop {
             if let Some(frame) = frames.next()? {
                 match decode(frame)? {
-                    Message::FeedBatch(_) => return Ok(()),
+                    Message::FeedBatch(batch) => return Ok(batch.term),
                     Message::Error(error) => return Err(FeedError::Refused(error.code, error.text)),
                     _ => return Err(FeedError::Unexpected),
                 }
@@ -345,40 +348,6 @@ async fn tell_progress(owner: Rc<Owner>, mut writer: Writer, closed: Rc<Cell<boo
         if let Either::Left(_) = futures_util::future::select(ended, slept).await {
             return;
         }
-    }
-}
-
-/// Takes in archived segments from the shard's position on, as far as there are any.
-async fn from_archive(owner: &Rc<Owner>) -> Result<(), String> {
-    owner.source.borrow_mut().name = "archive".to_owned();
-    let position = owner.position();
-    let mut filter = WalFilter::new(position, owner.segment_bytes, owner.range(), owner.striping);
-    let archive = WalArchive::new(owner.store.storage().clone(), owner.log());
-    tracing::info!(from = %position.record_end, "reading WAL from the archive");
-    while !owner.is_stopping() {
-        let at = filter.position();
-        let begin = at.floor(ARCHIVE_SEGMENT_BYTES);
-        let segment = archive.get_segment(begin).await.map_err(|error| error.to_string())?;
-        owner.process.metrics.received_bytes.inc_by(segment.len() as u64);
-        let mut rest = segment.get(at.offset_in(ARCHIVE_SEGMENT_BYTES) as usize..).unwrap_or_default();
-        if rest.is_empty() {
-            return Err(format!("archived segment {begin} ends before {at}"));
-        }
-        while !rest.is_empty() {
-            let fed = filter.feed(rest).map_err(|error| format!("archived segment {begin}: {error}"))?;
-            rest = &rest[fed..];
-            take_filtered(owner, &mut filter).await?;
-        }
-    }
-    Ok(())
-}
-
-async fn take_filtered(owner: &Rc<Owner>, filter: &mut WalFilter) -> Result<(), String> {
-    let commit_lsn = owner.commit_lsn().max(filter.summary().record_end);
-    let batch: Option<Batch> = filter.take_batch(commit_lsn, owner.term());
-    match batch {
-        Some(batch) => owner.take_in(batch).await.map_err(|error| error.to_string()),
-        None => Ok(()),
     }
 }
 

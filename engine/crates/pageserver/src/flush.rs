@@ -162,6 +162,7 @@ fn write_frozen(
 pub async fn watch_age(owner: Rc<Owner>) {
     while owner.pause(AGE_INTERVAL).await {
         owner.freeze_if_due();
+        owner.trim_indexes();
         owner.show();
     }
 }
@@ -316,7 +317,8 @@ impl Owner {
 /// Whether the error says that this process has no business with the shard any more.
 pub fn ownership_lost(error: &ShardError) -> Option<StartError> {
     match error {
-        ShardError::NotOwner { .. } => Some(StartError::Superseded(error.to_string())),
+        ShardError::NotOwner { .. } | ShardError::OtherClaim { .. } => Some(StartError::Superseded(error.to_string())),
+        ShardError::Claim { .. } => Some(StartError::Manifest(error.to_string())),
         // A name was given twice: an earlier life of this process has not written its last word. The next start sees it.
         ShardError::LayerDiffers { .. } | ShardError::WrongManifest { .. } | ShardError::LayerNeeded(_) => {
             Some(StartError::Internal(error.to_string()))

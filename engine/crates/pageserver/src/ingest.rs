@@ -24,6 +24,9 @@ const ITEMS_PER_TURN: usize = 512;
 /// Pages of a database copy that are read before other tasks get their turn.
 const COPIED_PER_TURN: usize = 32;
 
+/// Of a page.
+const BLOCK_BYTES: u64 = 8192;
+
 /// Pause between attempts to read a page for a database copy from object storage that does not answer.
 const COPY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -125,7 +128,21 @@ impl Owner {
 
     /// `CREATE DATABASE ... STRATEGY FILE_COPY`: every page of the source as of the record, under its new name.
     async fn copy_database(&self, copy: &DatabaseCopy) -> Result<(), IngestError> {
+        const TOO_LARGE: &str = "ingest has stopped: a database is copied that does not fit into memory";
+        let bytes_max = self.process.config.ingest.copy_bytes_max;
+        let bytes = copy.block_count() * BLOCK_BYTES;
         tracing::info!(lsn = %copy.lsn, blocks = copy.block_count(), "copying a database");
+        if bytes > bytes_max {
+            // All of it belongs to one position, and so to one layer, which is in memory until it is written. Better to stop here,
+            // where older positions are still read, than to be killed for the memory at each start.
+            let trouble = format!(
+                "CREATE DATABASE ... STRATEGY FILE_COPY at {} copies {bytes} bytes on this shard: give the process that memory, set ingest.copy_bytes_max above it, and restart",
+                copy.lsn
+            );
+            self.report(TOO_LARGE, &trouble);
+            self.until_stopping().await;
+            return Err(IngestError::Stopping);
+        }
         for (number, block) in copy.blocks().enumerate() {
             let value = loop {
                 let found = self.find(block.from, copy.lsn, block.floor).await;

@@ -19,9 +19,6 @@ use remote_storage::{ShardStore, StorageError};
 
 use crate::{block_cache::BlockCache, data_dir::layer_path, metrics::Metrics};
 
-/// Unpacked blocks in memory.
-const BLOCK_CACHE_BYTES: usize = 64 << 20;
-
 /// Files that are fetched at a time, in the background of reads that go to object storage meanwhile.
 const FETCHES_MAX: usize = 2;
 
@@ -72,6 +69,15 @@ struct Entry {
     used: u64,
 }
 
+/// How much is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Local copies of layers that object storage has, too; 0 is no limit.
+    pub local_bytes: u64,
+    /// Unpacked blocks in memory.
+    pub block_bytes: u64,
+}
+
 /// All layer files of a shard.
 pub struct LayerFiles {
     directory: PathBuf,
@@ -104,17 +110,17 @@ impl Drop for Pin {
 
 impl LayerFiles {
     /// Files in `directory`, of which none is known yet.
-    pub fn new(directory: PathBuf, store: ShardStore, local_bytes_max: u64, metrics: Metrics) -> Rc<LayerFiles> {
+    pub fn new(directory: PathBuf, store: ShardStore, bounds: Bounds, metrics: Metrics) -> Rc<LayerFiles> {
         Rc::new(LayerFiles {
             directory,
             store,
             metrics,
-            local_bytes_max,
+            local_bytes_max: bounds.local_bytes,
             entries: RefCell::default(),
             local_bytes: Cell::new(0),
             clock: Cell::new(0),
             lost: RefCell::default(),
-            blocks: BlockCache::new(BLOCK_CACHE_BYTES),
+            blocks: BlockCache::new(usize::try_from(bounds.block_bytes).unwrap_or(usize::MAX)),
             fetches: Cell::new(0),
             changed: Event::new(),
         })

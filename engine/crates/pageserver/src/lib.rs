@@ -6,6 +6,7 @@
 
 mod answer;
 pub mod api;
+mod archive;
 mod attach;
 mod block_cache;
 mod commit_times;
@@ -18,6 +19,7 @@ mod flush;
 mod ingest;
 mod layer_files;
 mod metrics;
+mod orphans;
 mod outbox;
 mod owner;
 mod process;

@@ -85,6 +85,10 @@ pub struct Metrics {
     pub evictions: Counter,
     /// Bytes in memory: the open layer and frozen ones.
     pub memory_bytes: Gauge<u64, AtomicU64>,
+    /// Bytes in memory: indexes of layer files.
+    pub index_bytes: Gauge<u64, AtomicU64>,
+    /// Layers that older owners left in object storage, removed.
+    pub orphans: Counter,
     /// Bytes of layers that object storage does not have yet.
     pub backlog_bytes: Gauge<u64, AtomicU64>,
     /// Layers uploaded.
@@ -140,6 +144,8 @@ impl Metrics {
             local_bytes: Gauge::default(),
             evictions: Counter::default(),
             memory_bytes: Gauge::default(),
+            index_bytes: Gauge::default(),
+            orphans: Counter::default(),
             backlog_bytes: Gauge::default(),
             uploads: Counter::default(),
             uploaded_bytes: Counter::default(),
@@ -205,6 +211,8 @@ impl Metrics {
         registry.register_with_unit("local", "Local layer files", Unit::Bytes, self.local_bytes.clone());
         registry.register("evictions", "Local layer files removed to make room", self.evictions.clone());
         registry.register_with_unit("memory", "Open and frozen layers", Unit::Bytes, self.memory_bytes.clone());
+        registry.register_with_unit("index", "Indexes of layer files in memory", Unit::Bytes, self.index_bytes.clone());
+        registry.register("orphans", "Layers of older owners that nobody named, removed", self.orphans.clone());
         registry.register_with_unit("backlog", "Layers not uploaded yet", Unit::Bytes, self.backlog_bytes.clone());
         registry.register("uploads", "Layers uploaded", self.uploads.clone());
         registry.register_with_unit("uploaded", "Layers uploaded", Unit::Bytes, self.uploaded_bytes.clone());

@@ -309,11 +309,17 @@ impl Owner {
         files + frozen
     }
 
+    /// Keeps the indexes in memory within their bound.
+    pub fn trim_indexes(&self) {
+        self.state.borrow_mut().trim_indexes(self.process.config.index_cache_bytes);
+    }
+
     /// Brings the gauges up to date.
     pub fn show(&self) {
         let metrics = &self.process.metrics;
         metrics.backlog_bytes.set(self.backlog_bytes());
         metrics.memory_bytes.set(self.state.borrow().memory_bytes());
+        metrics.index_bytes.set(self.state.borrow().indexes().bytes());
         metrics.horizon_lsn.set(self.horizon().0 as i64);
         metrics.show_storage(self.store.storage().metrics());
     }

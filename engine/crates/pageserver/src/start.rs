@@ -22,6 +22,7 @@ use crate::{
     data_dir::{DataDir, DataDirError},
     feed, flush,
     metrics::Metrics,
+    orphans,
     owner::Owner,
     process::{JOBS_MAX, Job, Process},
     progress, routes, server,
@@ -161,6 +162,7 @@ async fn serve(
     driver::spawn(flush::write(owner.clone()));
     driver::spawn(flush::upload(owner.clone()));
     driver::spawn(compaction::tend(owner.clone()));
+    driver::spawn(orphans::remove_orphans(owner.clone()));
     driver::spawn(run_jobs(owner.clone(), waiting));
     tracing::info!(
         shard = process.config.shard,

@@ -5,7 +5,10 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use layers::{
@@ -23,36 +26,85 @@ pub struct Frozen {
     pub summary: FrameSummary,
 }
 
+/// Turns of the clock of [`IndexTable::trim`] for which an index stays that was used: whoever loads one after the other for one
+/// read must find the first when the last is there.
+const KEPT_TURNS: u64 = 20;
+
+/// Bytes of an index in memory for each key, value and block; `layers::Index` has a row for each.
+const KEY_BYTES: u64 = 28;
+const VALUE_BYTES: u64 = 24;
+const BLOCK_BYTES: u64 = 24;
+
+#[derive(Debug)]
+struct Kept {
+    index: Arc<Index>,
+    bytes: u64,
+    /// Turn of the clock at which it was used last.
+    used: AtomicU64,
+}
+
 /// Indexes of layer files.
-#[derive(Clone, Default, Debug)]
-pub struct IndexTable(HashMap<LayerId, Arc<Index>>);
+#[derive(Default, Debug)]
+pub struct IndexTable {
+    kept: HashMap<LayerId, Kept>,
+    bytes: u64,
+    turn: u64,
+}
 
 impl Indexes for IndexTable {
     fn index(&self, layer: LayerId) -> Option<&Index> {
-        self.0.get(&layer).map(|index| &**index)
+        let kept = self.kept.get(&layer)?;
+        kept.used.store(self.turn, Relaxed);
+        Some(&kept.index)
     }
 }
 
 impl IndexTable {
     /// The index of a layer, shared.
     pub fn get(&self, layer: LayerId) -> Option<Arc<Index>> {
-        self.0.get(&layer).cloned()
+        let kept = self.kept.get(&layer)?;
+        kept.used.store(self.turn, Relaxed);
+        Some(kept.index.clone())
     }
 
     /// Adds one.
     pub fn insert(&mut self, layer: LayerId, index: Arc<Index>) {
-        self.0.insert(layer, index);
+        self.remove(layer);
+        let rows = [index.key_count(), index.value_count(), index.block_count()].map(u64::from);
+        let bytes = rows[0] * KEY_BYTES + rows[1] * VALUE_BYTES + rows[2] * BLOCK_BYTES;
+        self.bytes += bytes;
+        self.kept.insert(layer, Kept { index, bytes, used: AtomicU64::new(self.turn) });
     }
 
     /// Forgets one.
     pub fn remove(&mut self, layer: LayerId) {
-        self.0.remove(&layer);
+        if let Some(kept) = self.kept.remove(&layer) {
+            self.bytes -= kept.bytes;
+        }
     }
 
-    /// Those of some layers; layers without one are left out.
-    #[must_use]
-    pub fn of(&self, layers: impl IntoIterator<Item = LayerId>) -> IndexTable {
-        IndexTable(layers.into_iter().filter_map(|layer| Some((layer, self.get(layer)?))).collect())
+    /// Memory of all of them.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A turn of the clock: forgets indexes beyond `bytes_max`, those used longest ago first, but none that was used lately.
+    /// They are loaded again when they are needed.
+    pub fn trim(&mut self, bytes_max: u64) {
+        self.turn += 1;
+        if self.bytes <= bytes_max {
+            return;
+        }
+        let idle = |kept: &Kept| kept.used.load(Relaxed) + KEPT_TURNS < self.turn;
+        let mut victims: Vec<_> = self.kept.iter().filter(|(_, kept)| idle(kept)).collect();
+        victims.sort_by_key(|(_, kept)| kept.used.load(Relaxed));
+        let victims: Vec<_> = victims.into_iter().map(|(layer, _)| *layer).collect();
+        for layer in victims {
+            if self.bytes <= bytes_max {
+                return;
+            }
+            self.remove(layer);
+        }
     }
 }
 
@@ -93,6 +145,11 @@ impl State {
     /// Indexes of layer files.
     pub fn indexes(&self) -> &IndexTable {
         &self.indexes
+    }
+
+    /// Forgets indexes beyond `bytes_max`; see [`IndexTable::trim`].
+    pub fn trim_indexes(&mut self, bytes_max: u64) {
+        self.indexes.trim(bytes_max);
     }
 
     /// Adds the index of a layer of the map.

@@ -10,6 +10,7 @@
 mod archive;
 mod backend;
 mod block_on;
+mod claim;
 mod cluster;
 mod error;
 #[cfg(feature = "faults")]
@@ -29,6 +30,7 @@ pub use faults::{Faults, FaultsError};
 pub use crate::{
     archive::{ARCHIVE_SEGMENT_BYTES, ArchiveError, WalArchive},
     block_on::block_on,
+    claim::ClaimNonce,
     cluster::{CLUSTER_VERSION, ClusterDescription, ClusterError, ShardRange},
     error::StorageError,
     keys::ManifestVersion,

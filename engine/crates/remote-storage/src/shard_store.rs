@@ -15,6 +15,7 @@ use pgtypes::LogId;
 use thiserror::Error;
 
 use crate::{
+    claim::{self, ClaimNonce},
     error::StorageError,
     keys::{self, Kind, ManifestVersion},
     storage::{PutNew, RemoteStorage},
@@ -41,6 +42,23 @@ pub enum ShardError {
         generation: ShardGeneration,
         /// The newest claim.
         newest: ShardGeneration,
+    },
+    /// This generation was claimed from another disk: it was given out twice.
+    #[error("shard {shard:08x}: generation {generation} was claimed from another disk: it was given out twice; a new one is needed",
+        shard = shard.0, generation = generation.0)]
+    OtherClaim {
+        /// The shard.
+        shard: ShardId,
+        /// Who asks.
+        generation: ShardGeneration,
+    },
+    /// A claim is damaged, or of another version of the format.
+    #[error("{key}: {what}")]
+    Claim {
+        /// The object.
+        key: String,
+        /// What is wrong.
+        what: String,
     },
     /// A manifest is not what it should be. The shard does not open; an operator has to look at it.
     #[error("{key}: {source}")]
@@ -104,24 +122,31 @@ impl ShardStore {
         Ok(claims.iter().filter_map(|claim| keys::number(keys::name(&claim.key))).max().map(ShardGeneration))
     }
 
+    /// Claims the shard for `generation` under a nonce that nobody else knows: for an owner that does not come back.
+    ///
+    /// # Errors
+    /// As [`ShardStore::claim_as`].
+    pub async fn claim(&self, generation: ShardGeneration) -> Result<ShardOwner, ShardError> {
+        let nonce = ClaimNonce::random().map_err(|error| StorageError::Unavailable {
+            operation: crate::Operation::PutNew,
+            key: keys::claim(self.log, self.shard, generation),
+            attempts: 0,
+            cause: format!("random number: {error}"),
+        })?;
+        self.claim_as(generation, nonce).await
+    }
+
     /// Claims the shard for `generation`, which has to be above every claim that is there. Afterwards, no older owner
     /// removes a layer that the newest manifest names.
     ///
     /// # Errors
     /// [`ShardError::NotOwner`]: the same or a higher generation is claimed, by this process in an earlier life or
-    /// another. Ask the control plane for a new one; after a [`StorageError`], too: the claim may be there.
-    pub async fn claim(&self, generation: ShardGeneration) -> Result<ShardOwner, ShardError> {
+    /// another. After a [`StorageError`], too, the claim may be there: [`ShardStore::claim_again`] finds out whose it is.
+    pub async fn claim_as(&self, generation: ShardGeneration, nonce: ClaimNonce) -> Result<ShardOwner, ShardError> {
         self.check_no_claim_from(generation.0, generation).await?;
         let key = keys::claim(self.log, self.shard, generation);
         // Of two with the same generation just one may win, so their bytes have to differ: see `put_new`.
-        let nonce = getrandom::u64().map_err(|error| StorageError::Unavailable {
-            operation: crate::Operation::PutNew,
-            key: key.clone(),
-            attempts: 0,
-            cause: format!("random number: {error}"),
-        })?;
-        let body = format!("{{\"version\":1,\"generation\":{},\"nonce\":\"{nonce:016x}\"}}\n", generation.0);
-        if self.storage.put_new(&key, body).await? != PutNew::Created {
+        if self.storage.put_new(&key, claim::encode(generation, nonce)).await? != PutNew::Created {
             return Err(self.not_owner(generation, generation));
         }
         // Whoever claimed a higher one meanwhile has not seen this claim, and need not.
@@ -129,18 +154,27 @@ impl ShardStore {
         Ok(ShardOwner { store: self.clone(), generation, durable: Mutex::new(None) })
     }
 
-    /// The claim of an earlier life of the same owner, which knows from its own disk that `generation` was granted to it
-    /// and has ended since. What that life still has in flight is harmless: a manifest of it takes the sequence that this
-    /// life would write, which is then told that it is not the owner, and begins again with that manifest.
+    /// The claim of an earlier life of the same owner, which knows `nonce` from its own disk and has ended since. What that
+    /// life still has in flight is harmless: a manifest of it takes the sequence that this life would write, which is then
+    /// told that it is not the owner, and begins again with that manifest.
     ///
     /// # Errors
-    /// [`ShardError::NotOwner`]: a higher generation is claimed, or this one is not. Or see [`StorageError`].
-    pub async fn claim_again(&self, generation: ShardGeneration) -> Result<ShardOwner, ShardError> {
+    /// [`ShardError::NotOwner`]: a higher generation is claimed, or this one is not. [`ShardError::OtherClaim`]: another
+    /// disk was given this generation, too, and claimed it. [`ShardError::Claim`]: the claim cannot be read. Or see
+    /// [`StorageError`].
+    pub async fn claim_again(&self, generation: ShardGeneration, nonce: ClaimNonce) -> Result<ShardOwner, ShardError> {
         match self.newest_claim().await? {
-            Some(newest) if newest == generation => {
+            Some(newest) if newest == generation => {}
+            newest => return Err(self.not_owner(generation, newest.unwrap_or_default())),
+        }
+        let key = keys::claim(self.log, self.shard, generation);
+        let bytes = self.storage.get(&key).await?;
+        match claim::decode(&bytes, generation) {
+            Ok(found) if found == nonce => {
                 Ok(ShardOwner { store: self.clone(), generation, durable: Mutex::new(None) })
             }
-            newest => Err(self.not_owner(generation, newest.unwrap_or_default())),
+            Ok(_) => Err(ShardError::OtherClaim { shard: self.shard, generation }),
+            Err(what) => Err(ShardError::Claim { key, what }),
         }
     }
 

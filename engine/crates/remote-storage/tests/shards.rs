@@ -16,8 +16,8 @@ use std::{
 use layers::{LayerId, Manifest, ManifestError, ShardGeneration};
 use pgtypes::{Lsn, PgTimeline, SystemId};
 use remote_storage::{
-    ARCHIVE_SEGMENT_BYTES, ArchiveError, ClusterDescription, ClusterError, Faults, ManifestVersion, RemoteStorage,
-    ShardError, ShardOwner, ShardRange, ShardStore, WalArchive, block_on,
+    ARCHIVE_SEGMENT_BYTES, ArchiveError, ClaimNonce, ClusterDescription, ClusterError, Faults, ManifestVersion,
+    RemoteStorage, ShardError, ShardOwner, ShardRange, ShardStore, WalArchive, block_on,
 };
 use support::{LOG, SHARD, Scratch, faulty, layer_id, manifest, stores};
 
@@ -53,26 +53,43 @@ fn a_generation_is_claimed_once_and_never_below_another() {
     }
 }
 
-/// An owner that restarts with its disk goes on, unless a newer one came; a manifest of its earlier life that arrives late
-/// is not written over.
+/// An owner that restarts with its disk goes on, unless a newer one came or the disk is another; a manifest of its earlier life
+/// that arrives late is not written over.
 #[test]
 fn a_restarted_owner_goes_on_with_its_claim_and_meets_its_earlier_life() {
+    const NONCE: ClaimNonce = ClaimNonce(0xABC);
     let (_scratch, urls) = stores();
     for url in urls {
         let store = shard(&url);
-        let again = |generation| block_on(store.claim_again(ShardGeneration(generation)));
-        assert!(matches!(again(1), Err(ShardError::NotOwner { .. })), "nobody claimed it");
-        let earlier = claim(&store, 1).unwrap();
+        let again = |generation, nonce| block_on(store.claim_again(ShardGeneration(generation), nonce));
+        assert!(matches!(again(1, NONCE), Err(ShardError::NotOwner { .. })), "nobody claimed it");
+        let earlier = block_on(store.claim_as(ShardGeneration(1), NONCE)).unwrap();
         block_on(earlier.put_manifest(&manifest(1, 1, []))).unwrap();
-        let owner = again(1).unwrap();
+        let owner = again(1, NONCE).unwrap();
+        let other = again(1, ClaimNonce(NONCE.0 + 1));
+        assert!(matches!(other, Err(ShardError::OtherClaim { generation: ShardGeneration(1), .. })), "{other:?}");
         let late = manifest(1, 2, [layer_id(1, 7)]);
         block_on(earlier.put_manifest(&late)).unwrap();
         let put = block_on(owner.put_manifest(&manifest(1, 2, [layer_id(1, 8)])));
         assert!(matches!(put, Err(ShardError::NotOwner { .. })), "{put:?}");
-        assert_eq!(Some(late), block_on(again(1).unwrap().newest_manifest()).unwrap());
+        assert_eq!(Some(late), block_on(again(1, NONCE).unwrap().newest_manifest()).unwrap());
         claim(&store, 2).unwrap();
-        assert!(matches!(again(1), Err(ShardError::NotOwner { newest: ShardGeneration(2), .. })));
+        assert!(matches!(again(1, NONCE), Err(ShardError::NotOwner { newest: ShardGeneration(2), .. })));
     }
+}
+
+/// A claim that this program does not understand belongs to nobody: whose it is cannot be told.
+#[test]
+fn a_claim_of_another_version_is_refused_by_name() {
+    let scratch = Scratch::new();
+    let store = shard(&format!("file://{}", scratch.path().display()));
+    let nonce = ClaimNonce(1);
+    block_on(store.claim_as(ShardGeneration(1), nonce)).unwrap();
+    let path = scratch.path().join(format!("{LOG}/shards/{:08x}/claims/0000000000000001", SHARD.0));
+    let text = fs::read_to_string(&path).unwrap().replace("\"version\":1", "\"version\":9");
+    fs::write(&path, text).unwrap();
+    let refused = block_on(store.claim_again(ShardGeneration(1), nonce)).unwrap_err().to_string();
+    assert!(refused.contains("claims/0000000000000001") && refused.contains("version 9"), "{refused}");
 }
 
 /// Two processes that were given one generation by mistake.
