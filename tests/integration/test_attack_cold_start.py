@@ -1,5 +1,6 @@
 """What a user may do that the next compute has to survive: each test tries to make a cold start lose something, or fail."""
 
+import re
 import threading
 import time
 from typing import Literal
@@ -10,7 +11,7 @@ import pytest
 from lakebase_testing.cluster import LocalCluster, Writer
 from lakebase_testing.environment import give_to_postgres, scratch
 from lakebase_testing.page_service import PageServiceSettings
-from lakebase_testing.postgres import StockServer, amcheck, base_backup, number, run_as_postgres, value
+from lakebase_testing.postgres import StockServer, amcheck, base_backup, number, parse_lsn, run_as_postgres, value
 from lakebase_testing.waiting import wait_for
 
 
@@ -294,6 +295,44 @@ def test_a_prepared_transaction_makes_and_drops_relations_after_a_cold_start(end
                 assert number(connection, "select count(*) from locked") == 3001
             amcheck(writer.port, ["postgres"])
             writer = restarted(cluster, writer, parameters)
+
+
+def test_the_log_may_end_anywhere() -> None:
+    """Behind a switch of segments, in a page's header, at the end of a page, behind a record of many segments: the next compute
+    goes on there, and its first record follows the last."""
+    statements = [
+        "select pg_switch_wal()",
+        "checkpoint",
+        "select pg_create_restore_point('here')",
+        "select pg_logical_emit_message(false, 'large', repeat('x', 40000000))",
+        "select pg_switch_wal(); select pg_switch_wal()",
+    ]
+    with LocalCluster(page_service=PageServiceSettings(shards=2)) as cluster:
+        writer = cluster.start_writer()
+        with writer.connect() as connection:
+            connection.execute("create table t (i int primary key)")
+        ends: set[int] = set()
+        for i in range(25):
+            statement = statements[i] if i < len(statements) else None
+            with writer.connect() as connection:
+                connection.execute("insert into t values (%s)", (i,))
+                if statement is None:
+                    # The message's record ends between 48 bytes before a page's end and 80 bytes behind its start.
+                    at = parse_lsn(str(value(connection, "select pg_current_wal_insert_lsn()::text")))
+                    wanted = (-48 + 8 * (i - len(statements)) - at - 56) % 8192
+                    message = f"select pg_logical_emit_message(false, 'x', repeat('x', {wanted}), true)"
+                    connection.execute(message.encode())
+                else:
+                    for part in statement.split("; "):
+                        connection.execute(part.encode())
+            writer = restarted(cluster, writer)
+            found = re.findall(r"elected ballot=\S+ end_of_log=(\S+)", writer.process.log_text())
+            ends.add(parse_lsn(found[-1]) % 8192)
+            with writer.connect() as connection:
+                assert number(connection, "select count(*) from t") == i + 1
+        assert len(ends) > 12, sorted(ends)
+        assert any(end <= 40 or end > 8192 - 40 for end in ends), sorted(ends)
+        amcheck(writer.port, ["postgres"])
 
 
 @pytest.mark.parametrize("evict", ["always", "as_needed"])
