@@ -196,6 +196,8 @@ async fn pages(owner: &Owner, session: &Session, request: GetPages) -> Result<()
         return Err((PageErrorCode::BadRequest, text));
     }
     until_ingested(owner, request.not_modified_since).await?;
+    // While it waited, WAL of a later term may have come, which is no past of this writer.
+    check_term(owner, session.role)?;
     let lsn = request.request_lsn.min(owner.ingested());
     let keys: Vec<Key> =
         (0..u32::from(count)).map(|number| owner.striping.block(relation, fork, first_block + number)).collect();
@@ -341,6 +343,8 @@ fn advisory(owner: &Owner, session: &Session, id: u64, file: &Advisory) -> Resul
     if is_put {
         // Older than what is put now.
         owner.advisories.borrow_mut().remove(&key);
+        // Without an age, a layer with nothing else in it would stay in memory until WAL comes.
+        owner.open_since.set(owner.open_since.get().or_else(|| Some(driver::now())));
     } else {
         // The position is in a layer that is frozen, or has one of that name: it gets the one at which the next batch ends.
         owner.advisories.borrow_mut().insert(key, value);
