@@ -21,6 +21,9 @@ from lakebase_testing.waiting import hold, wait_for
 # Longer than the lease (1.5 s) as often as shorter.
 _PAUSE_SECONDS = (0.3, 3.0)
 _RECOVERY_SECONDS = 90
+# Most processes of a server live as long as it does.
+_PICKS_MAX = 20
+_NAME_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,7 @@ def starve_agent(scene: Scene) -> str:
 
 def kill_postgres(scene: Scene) -> str:
     """SIGKILL of the postmaster or one of its children: the agent recovers without an operator."""
-    pid = scene.source.choice(scene.writer.postgres_pids())
-    what = procfs.command_line(pid)
+    pid, what = stopped_postgres(scene)
     attempt = scene.writer.status()["attempt"]
     os.kill(pid, signal.SIGKILL)
     wait_for(
@@ -122,6 +124,25 @@ def kill_postgres(scene: Scene) -> str:
     )
     scene.writer.wait_running(_RECOVERY_SECONDS)
     return what
+
+
+def stopped_postgres(scene: Scene) -> tuple[int, str]:
+    """Picks a process and stops it: one that ends by itself just now would be killed without anybody noticing."""
+    for _ in range(_PICKS_MAX):
+        pid = scene.source.choice(scene.writer.postgres_pids())
+        # The postmaster's has all its settings.
+        what = procfs.command_line(pid)[:_NAME_CHARACTERS]
+        if procfs.send_signal(pid, signal.SIGSTOP):
+            state = wait_for("a process to stop or to be gone", lambda pid=pid: _stopped_or_gone(procfs.state(pid)), 10)
+            if state == "T":
+                return pid, what
+    raise AssertionError("each process that was picked had ended")
+
+
+def _stopped_or_gone(state: str | None) -> str | None:
+    if state in (None, "Z", "X"):
+        return "gone"
+    return state if state == "T" else None
 
 
 def freeze_postgres(scene: Scene) -> str:
