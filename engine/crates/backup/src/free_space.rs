@@ -317,6 +317,19 @@ mod tests {
         assert!(compact_free_space(&file_of(&worst)).len() < 100_010);
     }
 
+    /// The examples of `docs/formats/free-space.md`.
+    #[test]
+    fn compact_maps_are_these_bytes() {
+        assert_eq!(vec![1, 0x0B, 0, 2, 200], decode_and_encode(&[1, 0x0B, 0, 3, 200], &[0, 0, 0, 0, 0, 200]));
+        let mixed = [1, 4, 0, 200, 0x0D, 64];
+        assert_eq!(mixed.to_vec(), decode_and_encode(&mixed, &[0, 200, 64, 64, 64, 64, 64, 64]));
+    }
+
+    fn decode_and_encode(compact: &[u8], categories: &[u8]) -> Vec<u8> {
+        assert_eq!(Ok(categories.to_vec()), decode(compact, usize::MAX));
+        encode(categories)
+    }
+
     #[test]
     fn damage_is_refused_and_costs_no_memory() {
         assert_eq!(Err(FreeSpaceError::Damaged), expand_free_space(&[], 10));
