@@ -1,5 +1,7 @@
 //! What a reader asks, and the answer.
 
+mod from_memory;
+
 use std::time::Duration;
 
 use futures_util::future::Either;
@@ -22,6 +24,8 @@ use crate::{
     server::{Session, check_term},
     state::Wanted,
 };
+
+pub use from_memory::FromMemory;
 
 /// How long a request waits for WAL.
 const WAIT_LIMIT: Duration = Duration::from_secs(30);

@@ -281,6 +281,11 @@ impl LayerFiles {
         }
     }
 
+    /// Block `number` of a layer, unpacked, if it is in memory.
+    pub fn block_in_memory(&self, layer: LayerId, number: u32) -> Option<Rc<Vec<u8>>> {
+        self.blocks.get(layer, number)
+    }
+
     /// Block `number` of a layer, unpacked: from memory, from the local file, else from object storage.
     ///
     /// # Errors

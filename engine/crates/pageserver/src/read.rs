@@ -142,6 +142,18 @@ impl Owner {
         Ok(found)
     }
 
+    /// [`Owner::find`] where everything is in memory; `None` where it is not, or something is wrong.
+    pub fn find_in_memory(&self, key: Key, lsn: Lsn, floor: Lsn) -> Option<Found> {
+        let state = self.state.borrow();
+        let chain = state.chain(key, lsn, floor).ok()?;
+        let block = |read: layers::PlannedRead| {
+            let block = self.files.block_in_memory(read.layer, read.block)?;
+            Some(FoundBlock { index: state.indexes().get(read.layer)?, block, values: read.values })
+        };
+        let blocks = chain.plan.reads.into_iter().map(block).collect::<Option<_>>()?;
+        Some(Found { memory: chain.memory, blocks, layers_visited: chain.layers_visited })
+    }
+
     /// Brings the index of a layer into memory.
     ///
     /// # Errors
@@ -185,6 +197,12 @@ impl Owner {
         }
     }
 
+    /// [`Owner::stripe_at`] where the state of ingest says it and no layer is lost; otherwise, and where there is nothing, `None`.
+    pub fn stripe_in_memory(&self, block: Key, lsn: Lsn) -> Option<StripeSize> {
+        let is_known = self.applied() <= lsn && self.range().contains(block) && !self.files.has_lost();
+        self.ingest.borrow().stripe_of(block).filter(|_| is_known)
+    }
+
     /// Refuses keys whose length was in a layer that was lost when the shard was attached: what ingest knows of it began
     /// without it, and would let a page pass for empty.
     fn check_attached(&self, stripe: Key) -> Result<(), ReadFault> {
@@ -219,11 +237,16 @@ impl Owner {
         let stripe = stripe.filter(|stripe| stripe.has_block(self.striping, block));
         let floor = stripe.ok_or(ReadFault::NoSuchBlock { key, lsn })?.floor;
         let found = self.find(key, lsn, floor).await?;
+        self.count_page(&found);
+        Ok(rebuild_page(key, found.values(), page)?)
+    }
+
+    /// Counts what a page was made of.
+    pub fn count_page(&self, found: &Found) {
         let metrics = &self.process.metrics;
         metrics.layers_visited.observe(found.layers_visited.into());
         metrics.blocks_read.observe(found.blocks.len() as f64);
         metrics.values_applied.observe(found.value_count() as f64);
-        Ok(rebuild_page(key, found.values(), page)?)
     }
 
     /// All keys of a kind that the layers name at `lsn`; those whose value is absent are among them. Layers that are lost
