@@ -66,6 +66,8 @@ soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards
 	@$(WITH_ENV) cd engine && LAKEBASE_TEST_WAL=$(CURDIR)/build/regress-wal $(CARGO) test --release -p wal --test pg_waldump
 	@$(WITH_ENV) cd engine && $(CARGO) test --release -p redo --features suites --test consistency
 	@$(WITH_ENV) cd engine && $(CARGO) test --release -p shard --features suites --test whole_server
+	@$(WITH_ENV) cd engine && LAKEBASE_RECOVERIES=100 $(CARGO) test --release -p metadata --test files_of_a_server -- --nocapture
+	@$(WITH_ENV) cd engine && LAKEBASE_RECOVERIES=100 $(CARGO) test --release -p shard --test recoveries -- --nocapture
 	$(ENGINE) LAKEBASE_EXHAUSTIVE=full $(CARGO) test --release -p consensus --test exhaustive -- --nocapture
 	@$(WITH_ENV) PYTHONPATH=tests LAKEBASE_TRANSFER_SCALE=100 pytest -c operator/pyproject.toml --rootdir operator -v \
 	  tests/integration/test_import_export.py -k comes_out

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Redo, metadata and shard state against servers of earlier minor releases, whose WAL differs. Run from the top with build/env.sh sourced.
+# Redo, metadata and shard state against servers of earlier minor releases and their recoveries, whose WAL differs. Run from the top with build/env.sh sourced.
 #
 # A mirror keeps earlier releases in its pool for as long as it likes: one that has none is skipped by name.
 set -euo pipefail
@@ -12,8 +12,8 @@ for version in 17.10 17.11; do
   (
     cd engine
     export LAKEBASE_TEST_PG=$bin
-    cargo test --locked -p redo --test consistency
+    cargo test --locked -p redo --test consistency --test record_types
     cargo test --locked -p metadata --test files_of_a_server
-    cargo test --locked -p shard --test whole_server
+    cargo test --locked -p shard --test whole_server --test recoveries
   )
 done
