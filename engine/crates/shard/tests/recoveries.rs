@@ -2,8 +2,8 @@
 //!
 //! A recovery knows nothing but WAL, as a shard does: its visibility maps must be ours byte for byte, its files as long as
 //! ours to the block, sequences and pages that `CREATE DATABASE` logged without contents included; everything else but for
-//! `redo::mask`. Positions are drawn under a seed, which is printed: `LAKEBASE_SEED` repeats it, and `LAKEBASE_RECOVERIES`
-//! says how many there are. PostgreSQL is found as `../../wal/tests/postgres/mod.rs` says.
+//! `redo::mask`. Positions are drawn under a seed, as `../../wal/tests/recovery/mod.rs` says. PostgreSQL is found as
+//! `../../wal/tests/postgres/mod.rs` says.
 
 mod harness;
 #[path = "../../wal/tests/postgres/mod.rs"]

@@ -1,6 +1,7 @@
 //! Stock recoveries to positions that are drawn at random, for oracles of what a replay of WAL comes to.
 //!
-//! `LAKEBASE_SEED` repeats a run that printed it; `LAKEBASE_RECOVERIES` says how many there are (`make soak` has many).
+//! `LAKEBASE_SEED` repeats the draw of a run that printed it, from WAL that is never the same to the byte; `LAKEBASE_RECOVERIES`
+//! says how many positions there are (`make soak` has many).
 
 use std::{
     collections::BTreeMap,
