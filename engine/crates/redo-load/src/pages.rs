@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     fmt::Write,
     fs::File,
+    hash::{BuildHasherDefault, Hasher},
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -20,18 +21,49 @@ const GLOBAL_TABLESPACE: u32 = 1664;
 /// Which file: the tag of its first block.
 type FileTag = BlockTag;
 
+/// A hash for tags, whose few numbers nobody chooses against us; PostgreSQL's table of buffers has a cheap one, too.
+#[derive(Default)]
+struct TagHasher(u64);
+
+impl Hasher for TagHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.write_u64(u64::from(number));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = (self.0.rotate_left(5) ^ number).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+
+    fn write_isize(&mut self, number: isize) {
+        self.write_u64(number as u64);
+    }
+
+    fn finish(&self) -> u64 {
+        // The table takes its place from the lower bits, and the upper ones are the good ones.
+        self.0.rotate_left(26)
+    }
+}
+
+type Map<T> = HashMap<BlockTag, T, BuildHasherDefault<TagHasher>>;
+
 /// All pages that were touched.
 pub struct Pages {
     pgdata: PathBuf,
     /// `None`: there is no such file.
-    files: HashMap<FileTag, Option<File>>,
-    pages: HashMap<BlockTag, Box<Page>>,
+    files: Map<Option<File>>,
+    pages: Map<Box<Page>>,
 }
 
 impl Pages {
     /// None yet.
     pub fn new(pgdata: PathBuf) -> Pages {
-        Pages { pgdata, files: HashMap::new(), pages: HashMap::new() }
+        Pages { pgdata, files: Map::default(), pages: Map::default() }
     }
 
     /// How many there are.

@@ -2,7 +2,8 @@
 
 use std::{
     error::Error,
-    fs,
+    fs::{self, File},
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -10,6 +11,9 @@ use pgtypes::{Lsn, PgTimeline};
 use wal::{Decoder, RECORD_BYTES_MAX, Record, Scanner};
 
 use crate::Failed;
+
+/// WAL that is read at a time; PostgreSQL reads a page of it.
+const READ_BYTES: usize = 128 << 10;
 
 /// Segments from a position on, oldest first.
 pub struct Segments {
@@ -57,19 +61,26 @@ impl Segments {
         let Some((first, _)) = self.segments.first() else { return Ok(()) };
         let scanner = Scanner::at_segment_start(*first, self.segment_bytes, 0, PgTimeline(1));
         let mut decoder = Decoder::new(scanner, RECORD_BYTES_MAX);
+        let mut bytes = vec![0; READ_BYTES];
         for (begin, path) in &self.segments {
             // Recycled segments lie behind the end.
             if *begin > decoder.position() {
                 break;
             }
-            let bytes = fs::read(path)?;
-            let mut rest = &bytes[..];
-            while !rest.is_empty() {
-                // What is no WAL is behind its end: the server was killed.
-                let Ok(taken) = decoder.feed(rest) else { return Ok(()) };
-                rest = &rest[taken..];
-                if let Some(record) = decoder.poll_record().filter(|record| record.info.start >= from) {
-                    each(&record)?;
+            let mut file = File::open(path)?;
+            loop {
+                let count = file.read(&mut bytes)?;
+                if count == 0 {
+                    break;
+                }
+                let mut rest = &bytes[..count];
+                while !rest.is_empty() {
+                    // What is no WAL is behind its end: the server was killed.
+                    let Ok(taken) = decoder.feed(rest) else { return Ok(()) };
+                    rest = &rest[taken..];
+                    if let Some(record) = decoder.poll_record().filter(|record| record.info.start >= from) {
+                        each(&record)?;
+                    }
                 }
             }
         }
