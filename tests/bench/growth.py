@@ -14,16 +14,19 @@ from bench.reads import Reads
 from bench.report import Row, compare, fact
 from bench.servers import pgbench
 from lakebase_testing.cluster import LocalCluster, Writer, lsn_of
-from lakebase_testing.page_service import PageServer
+from lakebase_testing.page_service import PageServer, PageServiceSettings
 from lakebase_testing.waiting import wait_for
 
 SCALE = 5
-TRANSACTIONS = 20_000
+TRANSACTIONS = 8_000
 TIMES = 10
 # The same working set everywhere: what grows is what lies around it.
 PAGES_READ = 4096
 ROUNDS = 3
 SECONDS = 2
+# So small that the history of one time goes through each kind of compaction: what grows is then history, not the number of
+# layers that wait for the first one.
+SERVICE = PageServiceSettings(shards=1, freeze_bytes="512KiB", freeze_interval="60s")
 SETTINGS = {"shared_buffers": "1GB", "autovacuum": "off", "jit": "off"}
 
 
@@ -91,7 +94,7 @@ def _size(paths: Sequence[Path]) -> int:
 
 def measure_one(database: Database, transactions: int) -> Grown:
     """One lakebase with so much data and so much history."""
-    with pageserver_cluster(database, tls=False) as cluster:
+    with pageserver_cluster(database, tls=False, settings=SERVICE) as cluster:
         page_server = cluster.page_servers[0]
         writer = cluster.start_writer(SETTINGS)
         if transactions > TRANSACTIONS:

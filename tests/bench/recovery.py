@@ -25,7 +25,8 @@ ROUNDS = 3
 SCALE = 10
 # 90 MB of WAL: 80 changes for each page that is read, so that reading pages is the smaller part.
 TRANSACTIONS = 200_000
-ARGUMENTS = ("--no-vacuum", "--protocol=prepared", "--client=4", "--jobs=2", f"--transactions={TRANSACTIONS // 4}")
+# For the page server less, as the writer commits each at a quorum.
+TRANSACTIONS_INGESTED = 40_000
 # As the engine runs its writers: redo has every change as a record.
 STOCK = {**QUIET, "full_page_writes": "off", "wal_init_zero": "on"}
 
@@ -46,11 +47,15 @@ class Recovered:
     megabytes: float
 
 
-def crash(database: Database, directory: Path) -> Crashed:
+def _run(port: int, transactions: int) -> None:
+    pgbench(port, "--no-vacuum", "--protocol=prepared", "--client=4", "--jobs=2", f"--transactions={transactions // 4}")
+
+
+def crash(database: Database, directory: Path, transactions: int) -> Crashed:
     """Runs the load and ends the server without a checkpoint."""
     server = StockServer.create(directory, database.data, settings=STOCK)
     server.start()
-    pgbench(server.port, *ARGUMENTS)
+    _run(server.port, transactions)
     os.kill(server.process.pid, signal.SIGQUIT)
     server.process.wait_end()
     wait_for("the end of all backends", lambda: not procfs.users_of(directory, frozenset({"postgres"})), 30)
@@ -91,7 +96,7 @@ def measure_redo() -> list[Row]:
         database = stack.enter_context(pgbench_database(SCALE, ("select pg_switch_wal()", "checkpoint")))
         directory = scratch("crash")
         stack.callback(shutil.rmtree, directory)
-        crashed = crash(database, directory)
+        crashed = crash(database, directory, TRANSACTIONS)
         for number in range(ROUNDS):
             stock = stock_recovery(crashed)
             result = subprocess.run(
@@ -117,7 +122,7 @@ def measure_ingest() -> list[Row]:
         database = stack.enter_context(pgbench_database(SCALE))
         directory = scratch("crash")
         stack.callback(shutil.rmtree, directory)
-        crashed = crash(database, directory)
+        crashed = crash(database, directory, TRANSACTIONS_INGESTED)
         cluster = stack.enter_context(pageserver_cluster(database, tls=False))
         page_server = cluster.page_servers[0]
         writer = cluster.start_writer({"shared_buffers": "1GB", "autovacuum": "off", "jit": "off"})
@@ -131,7 +136,7 @@ def measure_ingest() -> list[Row]:
             page_server.freeze()
             begin = lsn_of(page_server.status()["durable_lsn"])
             page_server.kill()
-            pgbench(writer.port, *ARGUMENTS)
+            _run(writer.port, TRANSACTIONS_INGESTED)
             end = cluster.wait_caught_up()
             page_server.start()
             page_server.wait_ready()

@@ -14,8 +14,8 @@ from lakebase_testing.environment import scratch
 from lakebase_testing.page_service import PageServiceSettings
 from lakebase_testing.postgres import StockServer
 
-ROUNDS = 5
-SECONDS = 6
+ROUNDS = 3
+SECONDS = 4
 SCALE = 20
 # Far below the size of the tables: nearly every transaction reads from the file, which the kernel has cached.
 SETTINGS = {"shared_buffers": "32MB", "autovacuum": "off", "jit": "off", "max_connections": "100"}
