@@ -45,6 +45,9 @@ struct Arguments {
     /// Blocks of one request; above 1, requests begin at multiples of it.
     #[arg(long, default_value_t = 1)]
     count: u16,
+    /// Another number takes other blocks: those of a run before may be in memory still.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
     /// Requests in flight.
     #[arg(long, default_value_t = 1)]
     depth: usize,
@@ -123,7 +126,9 @@ impl<'a> Load<'a> {
                 other => Err(Unexpected(format!("no welcome: {other:?}"))),
             })?;
         }
-        Ok(Load { arguments, connection, requests: Vec::new(), random: 88_172_645_463_325_252 })
+        // Spread over all bits, and never 0, where xorshift would stay.
+        let random = arguments.seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        Ok(Load { arguments, connection, requests: Vec::new(), random })
     }
 
     /// Queues the request `id` for `count` blocks.
@@ -203,7 +208,7 @@ impl<'a> Load<'a> {
             }
             self.send()?;
         }
-        Ok(measure.to_json(count)?)
+        Ok(measure.into_json(count)?)
     }
 }
 

@@ -97,7 +97,7 @@ impl Measure {
     ///
     /// # Errors
     /// Nothing was answered.
-    pub fn to_json(mut self, count: u16) -> Result<serde_json::Value, Unexpected> {
+    pub fn into_json(mut self, count: u16) -> Result<serde_json::Value, Unexpected> {
         let Some((seconds, server, client)) = self.result.filter(|_| !self.latencies.is_empty()) else {
             return Err(Unexpected("nothing was answered".to_owned()));
         };
