@@ -30,8 +30,9 @@ pub async fn from_archive(owner: &Rc<Owner>) -> Result<(), String> {
         let begin = at.floor(ARCHIVE_SEGMENT_BYTES);
         let segment = match archive.get_segment(begin).await {
             Ok(segment) => segment,
-            Err(ArchiveError::Storage(error)) if error.is_not_found() && filter.summary().record_end < at => {
-                return finish_record(owner, &mut filter).await;
+            Err(ArchiveError::Storage(error)) if error.is_not_found() && at > position.record_end => {
+                let is_within_record = filter.summary().record_end < at;
+                return if is_within_record { finish_record(owner, &mut filter).await } else { Ok(()) };
             }
             Err(error) => return Err(error.to_string()),
         };

@@ -159,7 +159,7 @@ impl DataDir {
                 Some(claim) => Ok(Some(claim)),
                 None => {
                     let reason = format!(
-                        "{text:?} is no generation, nonce and life; a disk that is emptied gets all of it again"
+                        "{text:?} is no generation, nonce and life: empty the directory, and give the shard a higher generation"
                     );
                     Err(DataDirError::Inconsistent { path, reason })
                 }
@@ -282,6 +282,29 @@ pub fn sync_directory(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever went back to an older engine reads which format is meant, and nothing is changed.
+    #[test]
+    fn a_directory_of_another_format_shard_or_owner_is_refused_by_name() {
+        let root = std::env::temp_dir().join(format!("pageserver-data-dir-{}", std::process::id()));
+        let log: LogId = "11111111-1111-1111-1111-111111111111/22222222-2222-2222-2222-222222222222".parse().unwrap();
+        let open = |shard| DataDir::open(&root, log, ShardId(shard));
+        let first = open(7).unwrap();
+        assert!(matches!(open(7), Err(DataDirError::Locked { .. })));
+        assert_eq!(None, first.claim().unwrap());
+        fs::write(root.join("generation"), "5\n").unwrap();
+        assert!(first.claim().unwrap_err().to_string().contains("generation"));
+        drop(first);
+        let refused = open(8).unwrap_err().to_string();
+        assert!(refused.contains("this is shard 8") && refused.contains("shard = 7"), "{refused}");
+        let path = root.join("shard");
+        let text = fs::read_to_string(&path).unwrap().replace("format = 1", "format = 2");
+        fs::write(&path, &text).unwrap();
+        let refused = open(7).unwrap_err().to_string();
+        assert!(refused.contains("in format 1") && refused.contains("format = 2"), "{refused}");
+        assert_eq!(text, fs::read_to_string(&path).unwrap());
+        fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn each_life_of_an_owner_has_numbers_of_its_own() {

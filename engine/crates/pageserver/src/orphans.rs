@@ -57,8 +57,8 @@ impl Owner {
         if orphans().is_empty() {
             return Ok(());
         }
-        // Only what a manifest of this owner does not name may be removed, and an idle shard has none yet.
-        if self.manifest().generation != self.generation() && !self.commit(|_| ()).await {
+        // Only what a manifest does not name that this process has written may be removed.
+        if !self.commit(|_| ()).await {
             return Ok(());
         }
         let orphans = orphans();

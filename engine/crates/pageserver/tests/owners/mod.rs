@@ -98,10 +98,12 @@ fn what_a_dead_owner_left_is_removed_by_the_next() {
     let orphan = left.last().unwrap();
     assert!(orphan.to_str().unwrap().ends_with("0000000000000001-0000000000000001"), "{left:?}");
     world.server.start();
-    // A manifest of the import still counts: an idle owner has to write one of its own before it may remove anything.
+    world.freeze();
+    // The newest manifest is of this owner, but of an earlier life: what that knew was removable is not known.
+    world.server.kill();
+    world.server.start();
     eventually("the orphan to go", || !orphan.exists());
     assert_eq!(1.0, world.server.metric("orphans_total"));
-    world.freeze();
     world.check_history(START, 3);
     world.server.kill();
     world.server.start();
@@ -198,7 +200,7 @@ fn ingest_waits_at_the_limit_of_its_backlog_and_goes_on_by_itself() {
     const TROUBLE: &str = "ingest waits: object storage or the local disk does not take layers";
     const LIMIT: u64 = 1 << 20;
     let mut world = World::new("backlog-limit");
-    let faults = "seed:3,fail:30,after:10,throttle:5,delay:30,outage:5000+18000";
+    let faults = "seed:3,fail:30,after:3,throttle:5,delay:30,outage:4000+15000";
     world.server.environment.insert("LAKEBASE_STORAGE_FAULTS", faults.to_owned());
     world.server.settings.insert("backlog_bytes_max", "\"1MiB\"".to_owned());
     world.server.start();
@@ -208,7 +210,9 @@ fn ingest_waits_at_the_limit_of_its_backlog_and_goes_on_by_itself() {
     let mut round = 0;
     eventually("ingest to wait", || {
         let status = world.server.status();
-        if status["lag_bytes"].as_u64().unwrap() < 1 << 20 {
+        // Its own lag is what it heard of: it does not listen while it waits.
+        let ingested: Lsn = status["ingested_lsn"].as_str().unwrap().parse().unwrap();
+        if world.end().bytes_since(ingested) < 1 << 20 {
             round += 1;
             world.write(some_blocks(round, 20));
         }
@@ -216,7 +220,7 @@ fn ingest_waits_at_the_limit_of_its_backlog_and_goes_on_by_itself() {
         troubles(&world).contains_key(TROUBLE)
     });
     // The backlog, one open layer with the batch that filled it, and what was frozen beside.
-    assert!((LIMIT..LIMIT + (8 << 20)).contains(&backlog), "{backlog}");
+    assert!((LIMIT..LIMIT + (4 << 20)).contains(&backlog), "{backlog}");
     assert!(world.server.position("ingested_lsn") < world.end());
     eventually("everything to be ingested", || world.server.position("ingested_lsn") >= world.end());
     world.freeze();
