@@ -71,7 +71,8 @@ soak: ## The long runs: PostgreSQL's suites against our decoder, redo and shards
 	$(ENGINE) LAKEBASE_EXHAUSTIVE=full $(CARGO) test --release -p consensus --test exhaustive -- --nocapture
 	@$(WITH_ENV) PYTHONPATH=tests LAKEBASE_TRANSFER_SCALE=100 pytest -c operator/pyproject.toml --rootdir operator -v \
 	  tests/integration/test_import_export.py -k comes_out
-	@$(WITH_ENV) LAKEBASE_SOAK=1 pytest -c operator/pyproject.toml --rootdir operator -v tests/integration/test_suites_on_pages.py
+	@$(WITH_ENV) LAKEBASE_SOAK=1 LAKEBASE_ATTACK_SEEDS=5 pytest -c operator/pyproject.toml --rootdir operator -v \
+	  tests/integration/test_suites_on_pages.py tests/integration/test_attack_*.py
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --seconds 600
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos --page-servers 4 --seconds 600
 	@$(WITH_ENV) PYTHONPATH=tests python -m chaos.fenced_reads --repetitions 200

@@ -203,7 +203,11 @@ def test_every_compute_has_what_was_acknowledged(
     """Compute after compute on an empty disk: rows, indexes and what amcheck says."""
     if settings is TINY_LAYERS:
         usual = PageServer.configuration
-        monkeypatch.setattr(PageServer, "configuration", lambda server: usual(server) + SHORT_HISTORY)
+
+        def with_short_history(server: PageServer) -> str:
+            return usual(server) + SHORT_HISTORY
+
+        monkeypatch.setattr(PageServer, "configuration", with_short_history)
     chance = random.Random(seed)
     workers = [Worker(n, seed * 100 + n) for n in range(WORKERS)]
     parameters = {

@@ -106,7 +106,7 @@ def test_a_tablespace_with_a_location_is_refused() -> None:
         writer = cluster.start_writer()
         with writer.connect() as connection:
             connection.execute("create table t as select generate_series(1, 1000) i")
-            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="pg_tblspc.*not permitted"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match=r"pg_tblspc.*not permitted"):
                 connection.execute(f"create tablespace elsewhere location '{location}'".encode())
             # On the same connection.
             assert number(connection, "select count(*) from t") == 1000
