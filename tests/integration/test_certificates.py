@@ -14,9 +14,11 @@ import pytest
 from lakebase_testing.admin import AdminClient, Json
 from lakebase_testing.certificates import Authority
 from lakebase_testing.cluster import LocalCluster, Writer
+from lakebase_testing.page_service import PageServiceSettings
 from lakebase_testing.waiting import wait_for
 
 ROLES = ("operator", "safekeeper", "compute", "pageserver", "follower", "client")
+ONE_SHARD = PageServiceSettings(shards=1)
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "certificates.md"
 
 
@@ -39,6 +41,14 @@ def calls(cluster: LocalCluster, writer: Writer) -> dict[str, tuple[int, str, st
     keys = ("system_id", "segment_bytes", "start_lsn", "timeline", "max_full_xid", "configuration")
     create = {key: status[key] for key in keys}
     configuration = cast("Json", status["configuration"])
+    (pages,) = cluster.page_servers
+    shard: Json = {
+        "shard": pages.shard,
+        "generation": 0,
+        "begin": pages.begin,
+        "end": pages.end,
+        "pages": f"127.0.0.1:{pages.reached_at}",
+    }
     return {
         "safekeeper status": (port, "GET", "/v1/status", None),
         "create log": (port, "PUT", other, create),
@@ -47,6 +57,9 @@ def calls(cluster: LocalCluster, writer: Writer) -> dict[str, tuple[int, str, st
         "change membership": (port, "PUT", f"{log}/membership", configuration),
         "compute status": (agent, "GET", "/v1/status", None),
         "grant": (agent, "POST", "/v1/grant", fence),
+        "replace shards": (agent, "PUT", "/v1/shards", {"version": 1, "shards": [shard]}),
+        "page server status": (pages.ports["admin"], "GET", "/v1/status", None),
+        "tend layers": (pages.ports["admin"], "POST", "/v1/freeze", None),
         "stop compute": (agent, "POST", "/v1/stop", None),
     }
 
@@ -67,7 +80,7 @@ def first_byte(port: int, context: ssl.SSLContext) -> bytes:
 def test_each_role_may_call_what_the_document_says() -> None:
     """403 for every `no`, success for every `yes`."""
     table = documented()
-    with LocalCluster() as cluster:
+    with LocalCluster(page_service=ONE_SHARD) as cluster:
         cluster.expect_log("WARN", "ERROR")
         assert cluster.authority is not None
         writer = cluster.start_writer()
@@ -86,7 +99,7 @@ def test_each_role_may_call_what_the_document_says() -> None:
 def test_who_may_not_call_learns_nothing_from_a_wrong_body() -> None:
     """The permission is checked before the body is read: once, a wrong body gave 422 to callers that may not call at all."""
     table = documented()
-    with LocalCluster(members=1) as cluster:
+    with LocalCluster(members=1, page_service=ONE_SHARD) as cluster:
         cluster.expect_log("WARN")
         assert cluster.authority is not None
         writer = cluster.start_writer()
@@ -104,8 +117,8 @@ def test_who_may_not_call_learns_nothing_from_a_wrong_body() -> None:
 
 def test_the_table_covers_every_http_call() -> None:
     """A call that is added to the table is added to the test above, too."""
-    on_other_ports = {"propose", "peer", "read WAL", "replicate"}
-    with LocalCluster(members=1) as cluster:
+    on_other_ports = {"propose", "peer", "read WAL", "feed", "replicate", "read pages", "put advisory"}
+    with LocalCluster(members=1, page_service=ONE_SHARD) as cluster:
         writer = cluster.new_writer()
         assert set(documented()) - on_other_ports == set(calls(cluster, writer))
 
