@@ -306,8 +306,14 @@ impl Server {
         if let Some(versions) = self.kept.get(&(*key, block)) {
             let newest = versions.last().unwrap();
             let wanted = if self.trusts_page_lsn { newest.position } else { request.horizon };
+            // What was evicted may lack changes that were in a buffer then, below a position that a neighbour raised: a later
+            // version with a change at or below what is wanted is the one that a page server has there.
+            let is_outdated = |at: usize| {
+                !self.trusts_page_lsn && versions[at + 1..].iter().any(|later| page_lsn(&later.page) <= wanted)
+            };
+            let allowed = |at: &usize| versions[*at].position >= wanted && !is_outdated(*at);
             // Neighbours raise the horizon, too: then the newest is all that there is.
-            return versions.iter().find(|version| version.position >= wanted).unwrap_or(newest).page.clone();
+            return (0..versions.len()).find(allowed).map_or(newest, |at| &versions[at]).page.clone();
         }
         let mut page = vec![0; BLOCK_BYTES as usize];
         let file = File::open(self.source.join(path_of(key)));
