@@ -313,7 +313,9 @@ fn pages_of_a_server_are_the_same() {
     let oracle = judge(&server, &base, start, true);
 
     assert_eq!(6, oracle.events.len(), "{:?}", oracle.events);
-    assert_eq!(Vec::<String>::new(), oracle.missing(), "not judged");
+    // Who sets a hint first is a matter of time here; the test of images for hints makes them for certain.
+    let missing: Vec<String> = oracle.missing().into_iter().filter(|name| name != "XLOG FPI_FOR_HINT").collect();
+    assert_eq!(Vec::<String>::new(), missing, "not judged");
     assert_eq!(Vec::<&str>::new(), oracle.never_flipped(), "no changed byte was found");
 }
 
