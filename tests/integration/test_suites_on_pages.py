@@ -44,9 +44,9 @@ def dump(writer: Writer) -> list[str]:
     ]
 
 
-# All four ways are a matter of ten minutes: `make soak` runs the two others. With no clean block kept a sequence's page is fetched
-# again after values that are not logged one by one, and goes on behind the 32 that are logged ahead: the regression suite's
-# test of sequences may notice (`last_value` 33 instead of 2), as it would after a restart.
+# All four ways are a matter of ten minutes: `make soak` runs the two others. With no clean block kept a sequence's page is
+# fetched again after values that are not logged one by one, and goes on behind the 32 that are logged ahead: the regression
+# suite's test of sequences may notice (`last_value` 33 instead of 2), as it would after a restart.
 EVERY_DAY = [("regress", SMALL_CACHE, "s3"), ("isolation", SMALL_CACHE, "s3")]
 LONG = [("regress", NO_CACHE, "file"), ("isolation", NO_CACHE, "file")]
 WAYS = EVERY_DAY + LONG if os.environ.get("LAKEBASE_SOAK") else EVERY_DAY
